@@ -1,0 +1,633 @@
+"""GPT: one decoder that is GPT-2, GPT-3, Llama, Mistral, Qwen2, Qwen3 or SmolLM, depending on its `GPTConfig`.
+
+    tokens -> embedding (+ positions) -> n_layers x [ x + attention(norm(x));  x + mlp(norm(x)) ] -> norm -> logits
+
+That residual stream is common to all of them. What ten years changed, and the configuration names, is small: where
+the position enters (added to the embedding, or rotating queries and keys), the norm (LayerNorm, RMSNorm), the MLP
+(GELU, or SiLU gated), and how many key/value heads the query heads share (grouped-query attention).
+
+    model = GPT(GPTConfig.gpt2())
+    logits = model(tokens)                            # training: (B, T) -> (B, T, vocab_size)
+
+    cache = model.new_cache(batch_size=1, capacity=64)
+    logits = model(prompt, cache, last_only=True)     # inference: (1, T) -> (1, 1, vocab_size), the cache now holds T
+    logits = model(next_token, cache)                 # (1, 1) -> (1, 1, vocab_size)
+
+Shapes in comments: B sequences, T new tokens, S keys visible to them (cached and new), H query heads, KV key/value
+heads, D head_dim. A model has no buffers: position tables are computed from the positions where they are used, so
+a model built on the meta device, moved or cast can never hold wrong ones.
+
+Papers: GPT-2 (Radford et al. 2019), GPT-3 (arXiv 2005.14165), Llama (2302.13971), GQA (2305.13245).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE frequencies are stretched for contexts longer than the `original_context_length` of the pretraining.
+
+    linear: every frequency divided by `factor` (kaiokendev 2023).
+    dynamic: the base grows with the sequence's present length once it exceeds the original (NTK-aware, bloc97 2023).
+    llama3: low frequencies divided by `factor`, high ones kept, a ramp between them (Llama 3.1).
+    yarn: the same idea with a ramp counted in rotations (arXiv 2309.00071); cos and sin times `attention_factor`.
+    longrope: one searched divisor a frequency, `short_factor` up to the original length and `long_factor` beyond it
+        (arXiv 2402.13753); cos and sin times `attention_factor`.
+
+    With dynamic and longrope each row of a batch is stretched for its own length, not for its longest neighbour's.
+    `attention_factor` None is the value that the paper recommends for `factor`.
+    """
+
+    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
+    factor: float = 1.0
+    original_context_length: int | None = None
+    attention_factor: float | None = None  # yarn, longrope
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()  # longrope, head_dim / 2 divisors each
+    long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_choice("RopeScaling.kind", self.kind, ("linear", "dynamic", "llama3", "yarn", "longrope"))
+        if self.factor < 1:
+            raise ValueError(f"RopeScaling.factor is {self.factor}; it must be at least 1")
+        if self.kind != "linear" and not self.original_context_length:
+            raise ValueError(f"RopeScaling.original_context_length is missing; kind={self.kind!r} needs it")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a `GPT`. The defaults are GPT-2's choices; only the sizes must be given.
+
+    Fields that are None take the value in their comment when the configuration is made (and keep it in
+    `dataclasses.replace`). `bias` is that of the attention output, the MLP and LayerNorm; `qkv_bias` of the QKV matrix.
+    """
+
+    vocab_size: int
+    context_length: int
+    n_layers: int
+    n_heads: int
+    d_model: int
+    n_kv_heads: int = None  # type: ignore[assignment]  # n_heads
+    head_dim: int = None  # type: ignore[assignment]  # d_model // n_heads
+    d_ff: int = None  # type: ignore[assignment]  # 4 * d_model
+
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu_tanh"
+    gated_mlp: bool = False  # down(activation(gate(x)) * up(x)); with silu this is SwiGLU (arXiv 2002.05202)
+
+    positions: Literal["learned", "sinusoidal", "rope", "none"] = "learned"
+    rope_base: float = 10000.0
+    rope_dim: int = None  # type: ignore[assignment]  # head_dim; less rotates only the first rope_dim dimensions
+    rope_scaling: RopeScaling | None = None
+    attention_window: int | None = None  # each token sees itself and the window - 1 tokens before it (Mistral)
+
+    bias: bool = True
+    qkv_bias: bool = None  # type: ignore[assignment]  # bias
+    qk_norm: bool = False  # RMSNorm of every query and key head before RoPE (Qwen3)
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        def default(name: str, value: object) -> None:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+        default("n_kv_heads", self.n_heads)
+        if self.head_dim is None and self.n_heads > 0 and self.d_model % self.n_heads:
+            raise ValueError(f"d_model is {self.d_model}; without head_dim, n_heads={self.n_heads} must divide it")
+        default("head_dim", self.d_model // max(self.n_heads, 1))
+        default("d_ff", 4 * self.d_model)
+        default("rope_dim", self.head_dim)
+        default("qkv_bias", self.bias)
+
+        sizes = ("vocab_size", "context_length", "n_layers", "n_heads", "d_model", "n_kv_heads", "head_dim", "d_ff")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        _check_choice("norm", self.norm, ("layernorm", "rmsnorm"))
+        _check_choice("activation", self.activation, tuple(ACTIVATIONS))
+        _check_choice("positions", self.positions, ("learned", "sinusoidal", "rope", "none"))
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads={self.n_heads}")
+        if self.positions == "rope" and (self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim):
+            raise ValueError(f"rope_dim is {self.rope_dim}; it must be even and between 2 and head_dim={self.head_dim}")
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise ValueError(f"d_model is {self.d_model}; sinusoidal positions need an even one")
+        if self.rope_scaling is not None:
+            if self.positions != "rope":
+                raise ValueError(f"rope_scaling is set, but positions is {self.positions!r}; it must be 'rope'")
+            if self.rope_scaling.kind == "longrope":
+                for name in ("short_factor", "long_factor"):
+                    found, needed = len(getattr(self.rope_scaling, name)), self.rope_dim // 2
+                    if found != needed:
+                        raise ValueError(f"RopeScaling.{name} has {found} values; it must have rope_dim / 2 = {needed}")
+        if self.attention_window is not None and self.attention_window < 1:
+            raise ValueError(f"attention_window is {self.attention_window}; it must be at least 1, or None")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+
+    @classmethod
+    def _gpt(cls, n_layers: int, n_heads: int, d_model: int, context_length: int) -> GPTConfig:
+        return cls(
+            vocab_size=50257, context_length=context_length, n_layers=n_layers, n_heads=n_heads, d_model=d_model
+        )  # fmt: skip
+
+    @classmethod
+    def gpt2(cls) -> GPTConfig:
+        """124M parameters."""
+        return cls._gpt(12, 12, 768, 1024)
+
+    @classmethod
+    def gpt2_medium(cls) -> GPTConfig:
+        """355M parameters."""
+        return cls._gpt(24, 16, 1024, 1024)
+
+    @classmethod
+    def gpt2_large(cls) -> GPTConfig:
+        """774M parameters."""
+        return cls._gpt(36, 20, 1280, 1024)
+
+    @classmethod
+    def gpt2_xl(cls) -> GPTConfig:
+        """1.56B parameters."""
+        return cls._gpt(48, 25, 1600, 1024)
+
+    # GPT-3: table 2.1 of arXiv 2005.14165. Two of its rows contradict themselves (24 heads of 128 are not d_model
+    # 2048, 40 heads of 128 are not 5140); 16 heads and 5120 agree with the sizes 1.3B and 13B that it states. Every
+    # second layer of OpenAI's model has sparse attention, which changes no weight; all layers are dense here.
+    @classmethod
+    def gpt3_small(cls) -> GPTConfig:
+        """125M parameters."""
+        return cls._gpt(12, 12, 768, 2048)
+
+    @classmethod
+    def gpt3_medium(cls) -> GPTConfig:
+        """350M parameters."""
+        return cls._gpt(24, 16, 1024, 2048)
+
+    @classmethod
+    def gpt3_large(cls) -> GPTConfig:
+        """760M parameters."""
+        return cls._gpt(24, 16, 1536, 2048)
+
+    @classmethod
+    def gpt3_xl(cls) -> GPTConfig:
+        """1.3B parameters."""
+        return cls._gpt(24, 16, 2048, 2048)
+
+    @classmethod
+    def gpt3_2_7b(cls) -> GPTConfig:
+        """2.7B parameters."""
+        return cls._gpt(32, 32, 2560, 2048)
+
+    @classmethod
+    def gpt3_6_7b(cls) -> GPTConfig:
+        """6.7B parameters."""
+        return cls._gpt(32, 32, 4096, 2048)
+
+    @classmethod
+    def gpt3_13b(cls) -> GPTConfig:
+        """13B parameters."""
+        return cls._gpt(40, 40, 5120, 2048)
+
+    @classmethod
+    def gpt3_175b(cls) -> GPTConfig:
+        """175B parameters: GPT-3."""
+        return cls._gpt(96, 96, 12288, 2048)
+
+    @classmethod
+    def _llama(cls, **sizes_and_changes) -> GPTConfig:
+        llama = {"norm": "rmsnorm", "activation": "silu", "gated_mlp": True, "positions": "rope", "bias": False}
+        return cls(**{**llama, "tie_embeddings": False, **sizes_and_changes})
+
+    @classmethod
+    def llama2_7b(cls) -> GPTConfig:
+        """Llama 2 7B (arXiv 2307.09288)."""
+        return cls._llama(vocab_size=32000, context_length=4096, n_layers=32, n_heads=32, d_model=4096, d_ff=11008)
+
+    @classmethod
+    def llama3_8b(cls) -> GPTConfig:
+        """Llama 3 8B (arXiv 2407.21783)."""
+        return cls._llama(
+            vocab_size=128256, context_length=8192, n_layers=32, n_heads=32, n_kv_heads=8, d_model=4096, d_ff=14336,
+            rope_base=500000.0,
+        )  # fmt: skip
+
+    @classmethod
+    def llama3_1_8b(cls) -> GPTConfig:
+        """Llama 3.1 8B: Llama 3's shape, 128K context by scaled RoPE."""
+        return cls._llama(
+            vocab_size=128256, context_length=131072, n_layers=32, n_heads=32, n_kv_heads=8, d_model=4096, d_ff=14336,
+            rope_base=500000.0, rope_scaling=RopeScaling("llama3", factor=8.0, original_context_length=8192),
+        )  # fmt: skip
+
+    @classmethod
+    def mistral_7b(cls) -> GPTConfig:
+        """Mistral 7B v0.1: a sliding window of 4096 (arXiv 2310.06825)."""
+        return cls._llama(
+            vocab_size=32000, context_length=32768, n_layers=32, n_heads=32, n_kv_heads=8, d_model=4096, d_ff=14336,
+            attention_window=4096,
+        )  # fmt: skip
+
+    @classmethod
+    def qwen2_5_0_5b(cls) -> GPTConfig:
+        """Qwen2.5 0.5B: QKV bias, tied (arXiv 2412.15115)."""
+        return cls._llama(
+            vocab_size=151936, context_length=32768, n_layers=24, n_heads=14, n_kv_heads=2, d_model=896, d_ff=4864,
+            rope_base=1000000.0, norm_eps=1e-6, qkv_bias=True, tie_embeddings=True,
+        )  # fmt: skip
+
+    @classmethod
+    def qwen3_0_6b(cls) -> GPTConfig:
+        """Qwen3 0.6B: norms on query and key heads, heads wider than d_model / n_heads (arXiv 2505.09388)."""
+        return cls._llama(
+            vocab_size=151936, context_length=40960, n_layers=28, n_heads=16, n_kv_heads=8, d_model=1024, d_ff=3072,
+            head_dim=128, rope_base=1000000.0, norm_eps=1e-6, qk_norm=True, tie_embeddings=True,
+        )  # fmt: skip
+
+    @classmethod
+    def smollm2_135m(cls) -> GPTConfig:
+        """SmolLM2 135M (arXiv 2502.02737)."""
+        return cls._llama(
+            vocab_size=49152, context_length=8192, n_layers=30, n_heads=9, n_kv_heads=3, d_model=576, d_ff=1536,
+            rope_base=100000.0, tie_embeddings=True,
+        )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- positions
+
+
+def sinusoids(positions: Tensor, d_model: int) -> Tensor:
+    """sin and cos interleaved, wavelengths 2 pi to 10000 x 2 pi: (B, T) -> (B, T, d_model); arXiv 1706.03762, 3.5."""
+    frequencies = 10000.0 ** (-torch.arange(0, d_model, 2, device=positions.device).float() / d_model)
+    angles = positions[..., None] * frequencies  # (B, T, d_model / 2)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def rope_frequencies(config: GPTConfig, positions: Tensor) -> tuple[Tensor, float]:
+    """RoPE's angles per position, fp32, (rope_dim / 2,) or, where they depend on the row's length, (B, rope_dim / 2);
+    and the factor on cos and sin. The formulas are those of Hugging Face's `ROPE_INIT_FUNCTIONS`."""
+    dim, base, scaling, device = config.rope_dim, config.rope_base, config.rope_scaling, positions.device
+    exponents = torch.arange(0, dim, 2, device=device).float() / dim
+    frequencies = 1.0 / base**exponents
+    if scaling is None:
+        return frequencies, 1.0
+    factor, original = scaling.factor, scaling.original_context_length or config.context_length
+    row_lengths = positions[:, -1:] + 1  # (B, 1)
+
+    if scaling.kind == "linear":
+        return frequencies / factor, 1.0
+
+    if scaling.kind == "dynamic":
+        stretch = factor * row_lengths.clamp(min=original) / original - (factor - 1)
+        return 1.0 / (base * stretch ** (dim / (dim - 2))) ** exponents, 1.0
+
+    if scaling.kind == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        rotations = original * frequencies / (2 * math.pi)  # over the original context
+        keep = ((rotations - low) / (high - low)).clamp(0, 1)
+        return frequencies * keep + frequencies / factor * (1 - keep), 1.0
+
+    if scaling.kind == "yarn":
+
+        def dimension_of(rotations: float) -> float:
+            """The (fractional) dimension that makes this many rotations over the original context."""
+            return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        high += 0.001 if low == high else 0.0
+        keep = 1 - ((torch.arange(dim // 2, device=device).float() - low) / (high - low)).clamp(0, 1)
+        recommended = 0.1 * math.log(factor) + 1
+    else:  # longrope
+        short, long = (torch.tensor(f, device=device) for f in (scaling.short_factor, scaling.long_factor))
+        frequencies = frequencies / torch.where(row_lengths > original, long, short)
+        recommended = math.sqrt(1 + math.log(factor) / math.log(original))
+    if scaling.kind == "yarn":
+        frequencies = frequencies * keep + frequencies / factor * (1 - keep)
+    return frequencies, recommended if scaling.attention_factor is None else scaling.attention_factor
+
+
+def rope_tables(config: GPTConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and signed sin for `apply_rope`, (B, T, 1, rope_dim) each: computed in fp32, cast at the end."""
+    frequencies, factor = rope_frequencies(config, positions)
+    angles = positions[..., None].float() * frequencies.unsqueeze(-2)  # (B, T, rope_dim / 2)
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return cos.unsqueeze(2).to(dtype), sin.unsqueeze(2).to(dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[i], x[i + rope_dim / 2]) by its angle (arXiv 2104.09864, in Hugging Face's pairing).
+
+    x: (B, T, heads, D). The sign of the rotation is in `sin`, so exchanging the halves is one roll.
+    """
+    dim = cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat((apply_rope(x[..., :dim], cos, sin), x[..., dim:]), dim=-1)
+    return torch.addcmul(x * cos, x.roll(dim // 2, dims=-1), sin)
+
+
+# ------------------------------------------------------------------------------------------------------------ cache
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, (n_layers, B, KV, capacity, D) each, written in place.
+
+    Rows of unequal length are padded on the left, so that all their last tokens share one column:
+
+        padding 2:  . . a b c          `padding[b]` columns of row b hold nothing; no query of that row sees them,
+        padding 0:  p q r s t          and its positions start behind them.
+
+    `length` columns are filled. Setting it to less forgets the columns behind it.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        padding: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity}; it must be at least 1")
+        if padding is not None and (len(padding) != batch_size or min(padding) < 0):
+            raise ValueError(f"padding is {list(padding)}; it must be one number >= 0 for each of {batch_size} rows")
+        shape = (config.n_layers, batch_size, config.n_kv_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.window = config.attention_window
+        self.length = 0
+        self.min_padding = min(padding) if padding else 0
+        # An unpadded batch keeps None: it needs no mask at all to decode.
+        self.padding = torch.tensor(padding, device=device) if padding and any(padding) else None  # (B,)
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def first_visible(self) -> int:
+        """The first column that the next token may see: 0 but for a sliding window."""
+        return 0 if self.window is None else max(0, self.length + 1 - self.window)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, KV, T, D) behind the filled columns; the visible keys and values, (B, KV, S, D), as views.
+
+        `length` stays as it is: every layer writes the same columns, and the model advances it after the last one.
+        """
+        first, end = self.first_visible, self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, first:end], self.values[layer, :, :, first:end]
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with grouped key/value heads: softmax(q k^T / sqrt(D)) v."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = (config.n_heads, config.n_kv_heads)
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        total_heads = config.n_heads + 2 * config.n_kv_heads
+        self.qkv = nn.Linear(config.d_model, total_heads * config.head_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        B, T, _ = x.shape
+        H, KV = self.heads
+        # Queries and keys stay one tensor while both are rotated: at batch 1 decoding costs operators, not arithmetic.
+        qk, v = self.qkv(x).view(B, T, H + 2 * KV, self.head_dim).split((H + KV, KV), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((H, KV), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        if rope is not None:
+            qk = apply_rope(qk, *rope)
+        q, k = qk.transpose(1, 2).split((H, KV), dim=1)  # (B, H, T, D), (B, KV, T, D)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, KV, S, D)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=H != KV,
+        )
+        return self.out(y.transpose(1, 2).reshape(B, T, H * self.head_dim))
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x)) with gate and up in one matrix."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.gated = config.gated_mlp
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = nn.Linear(config.d_model, config.d_ff * (2 if config.gated_mlp else 1), bias=config.bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            return self.down(self.activation(gate) * x)
+        return self.down(self.activation(x))
+
+
+def make_norm(config: GPTConfig) -> nn.RMSNorm | nn.LayerNorm:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+
+class Block(nn.Module):
+    """One layer of the residual stream: attention moves information between tokens, the MLP works on each."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = make_norm(config)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope, mask, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    """The language model of a `GPTConfig`; see the top of this file.
+
+    New weights are random, as GPT-2's were. Parameters are in the default dtype and on the default device:
+    `with torch.device("meta"): GPT(config)` makes a model of any size at once, to be filled by
+    `load_state_dict(..., assign=True)`, or by `to_empty(device=...)` and `init_weights()`.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        learned = config.positions == "learned"
+        self.positions = nn.Embedding(config.context_length, config.d_model) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.register_load_state_dict_post_hook(_tie_after_loading)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02), and what is added to the residual stream smaller the deeper it is."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                residual = name.endswith(("attn.out", "mlp.down"))
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.reset_parameters()
+
+    def tie_weights(self) -> None:
+        """Make the head's weight the embedding's Parameter, if the configuration says so."""
+        if self.config.tie_embeddings and isinstance(self.head, nn.Linear) and isinstance(self.embed, nn.Embedding):
+            self.head.weight = self.embed.weight
+
+    def _apply(self, fn, recurse=True):
+        # to(), to_empty() and so on may replace Parameters one by one, which would separate the tied pair.
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        return self
+
+    def new_cache(self, batch_size: int, capacity: int, padding: Sequence[int] | None = None) -> KVCache:
+        """An empty `KVCache` for this model, in the dtype and on the device of its weights."""
+        weight = self.norm.weight
+        return KVCache(self.config, batch_size, capacity, padding=padding, dtype=weight.dtype, device=weight.device)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:
+        """Logits of the next token at every position.
+
+        tokens: (B, T) int64. With a cache they follow the tokens in it, and are added to it.
+        last_only: compute the logits of the last position only; a prompt needs no others.
+        Returns (B, T, vocab_size), or (B, 1, vocab_size), in the dtype of the weights.
+        Raises ValueError where tokens do not fit the context or the cache.
+        """
+        self._check(tokens, cache)
+        T = tokens.shape[1]
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + T, device=tokens.device)[None]  # (1, T)
+        if cache is not None and cache.padding is not None:
+            positions = (positions - cache.padding[:, None]).clamp(min=0)  # (B, T)
+
+        x = self.embed(tokens)  # (B, T, d_model)
+        rope = None
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        elif self.config.positions == "sinusoidal":
+            x = x * math.sqrt(self.config.d_model) + sinusoids(positions, self.config.d_model).to(x.dtype)
+        elif self.config.positions == "rope":
+            rope = rope_tables(self.config, positions, x.dtype)
+        x = self.dropout(x)
+
+        mask = self._mask(T, cache, tokens.device)
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.head(self.norm(x[:, -1:] if last_only else x))
+
+    def _mask(self, T: int, cache: KVCache | None, device: torch.device) -> Tensor | None:
+        """(B or 1, 1, T, S), True where a query sees a key; None where it is plainly causal (T = 1: sees all S)."""
+        start, first = (0, 0) if cache is None else (cache.length, cache.first_visible)
+        window = self.config.attention_window
+        padding = None if cache is None else cache.padding
+        causal = start == 0 and (window is None or window >= T)
+        if padding is None and (T == 1 or causal):
+            return None
+        queries = torch.arange(start, start + T, device=device)[:, None]  # columns, (T, 1)
+        keys = torch.arange(first, start + T, device=device)  # (S,)
+        visible = keys <= queries
+        if window is not None:
+            visible = visible & (keys > queries - window)
+        if padding is None:
+            return visible[None, None]
+        # A padding column sees itself: no other sees it, and a softmax over no keys would be NaN.
+        visible = visible & (keys >= padding[:, None, None]) | (keys == queries)
+        return visible[:, None]
+
+    def _check(self, tokens: Tensor, cache: KVCache | None) -> None:
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; it must be (batch, tokens)")
+        batch_size, length = tokens.shape
+        if cache is not None:
+            if batch_size != cache.batch_size:
+                raise ValueError(f"tokens has {batch_size} rows; the cache was made for {cache.batch_size}")
+            if cache.length + length > cache.capacity:
+                raise ValueError(
+                    f"the cache is full: {cache.length} of {cache.capacity} columns are taken and {length} more were given"
+                )
+            length += cache.length - cache.min_padding
+        if length > self.config.context_length:
+            raise ValueError(f"the sequence has {length} tokens; context_length is {self.config.context_length}")
+
+
+def _tie_after_loading(model: nn.Module, incompatible_keys) -> None:
+    """A checkpoint of a tied model need not have `head.weight`; with assign=True the pair must be tied again."""
+    assert isinstance(model, GPT)
+    model.tie_weights()
+    if model.config.tie_embeddings and "head.weight" in incompatible_keys.missing_keys:
+        incompatible_keys.missing_keys.remove("head.weight")
