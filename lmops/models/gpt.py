@@ -618,7 +618,7 @@ class GPT(nn.Module):
                 raise ValueError(f"tokens has {batch_size} rows; the cache was made for {cache.batch_size}")
             if cache.length + length > cache.capacity:
                 raise ValueError(
-                    f"the cache is full: {cache.length} of {cache.capacity} columns are taken and {length} more were given"
+                    f"the cache is full: {cache.length} of {cache.capacity} columns are taken, {length} more came"
                 )
             length += cache.length - cache.min_padding
         if length > self.config.context_length:
