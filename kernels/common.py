@@ -1,0 +1,38 @@
+"""Device helpers that more than one kernel uses."""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def row_offset(outer, rows, outer_shape, strides):
+    """Offset in elements of each row of a tensor: rows * strides[-1] + sum of outer index d * strides[d].
+
+    outer: scalar, the linear index over outer_shape; rows: (R,) indices in the innermost row dimension;
+    strides: one a dimension of outer_shape, then the row's. Returns (R,) int64.
+    """
+    offset = rows.to(tl.int64) * strides[len(outer_shape)]
+    for i in tl.static_range(len(outer_shape)):
+        d: tl.constexpr = len(outer_shape) - 1 - i
+        offset += (outer % outer_shape[d]).to(tl.int64) * strides[d]
+        outer = outer // outer_shape[d]
+    return offset
+
+
+@triton.jit
+def online_softmax_step(x, m, l, scale):
+    """One tile of the online softmax (Milakov and Gimelshein, 2018), in base 2.
+
+    x: (R, C) scores, -inf where masked; m: (R,) maximum so far, -inf at first; l: (R,) sum of exponentials so far;
+    scale: log2(e) / temperature, a scalar or (R,). Returns p = 2^((x - m') scale), m', l' and the factor
+    2^((m - m') scale) by which whatever was accumulated under m must be multiplied.
+    """
+    m_new = tl.maximum(m, tl.max(x, 1))
+    # a row with nothing in it yet: subtract 0, so that -inf stays -inf and does not become NaN
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2((x - shift[:, None]) * tl.expand_dims(scale, 1))
+    alpha = tl.exp2((m - shift) * scale)
+    return p, m_new, l * alpha + tl.sum(p, 1), alpha

@@ -1,0 +1,298 @@
+"""softmax and log_softmax with a temperature: schema, launcher, CPU implementation, autograd, public functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._register import define_op
+from ._strides import aligned_alike, row_layout
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program takes at a time, rows x cols; whether that is all the columns; and its warps."""
+
+    rows: int
+    cols: int
+    fits: bool
+    num_warps: int
+
+
+def softmax_tile(n_cols: int, n_rows: int, bytes_per_column: int, by_column: bool = False) -> Tile:
+    """The tile for n_rows rows of n_cols columns, of which a program holds bytes_per_column in registers.
+
+    A row fits up to 32,768 columns and 128 KiB: 1,024 threads then hold it in 32 registers each. by_column: the rows,
+    not the columns, are neighbours in memory, so a tile is at least 32 rows wide.
+    """
+    cols = max(16, _next_power_of_2(n_cols))
+    rows = _next_power_of_2(n_rows)
+    rows = min(rows, 64 if cols <= 256 else 32) if by_column else min(rows, max(1, 2_048 // cols))
+    fits = rows * cols <= 32_768 and rows * cols * bytes_per_column <= 131_072
+    cols = cols if fits else max(16, 8_192 // rows)
+    per_thread = 16 if rows * cols <= 8_192 else 32
+    return Tile(rows, cols, fits, num_warps=max(1, rows * cols // (32 * per_thread)))
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _launch(kernel: Any, full: Sequence[Tensor], per_row: Sequence[Tensor], temperature: float, **flags: Any) -> None:
+    """Launch over `full` (..., n_cols), of which the last is written, and `per_row` (...) or the temperature."""
+    import triton.language as tl
+
+    n_cols = full[0].shape[-1]
+    layout = row_layout(full, per_row, keep_last=flags["CAUSAL"])
+    strides = layout.strides[0]
+    read = sum(t.element_size() for t in full[:-1])
+    tile = softmax_tile(n_cols, layout.n_rows, read, by_column=strides[-2] == 1 and strides[-1] > 1)
+
+    vec = 16 // min(t.element_size() for t in full)
+    whole = n_cols % vec == 0 and all(s % vec == 0 for s in strides[:-1])
+    # short rows are not worth the edges that 16-byte accesses need where rows are not whole multiples of 16 bytes
+    if not (aligned_alike(full, layout, vec) and (whole or n_cols >= 256)):
+        vec, whole = 1, True
+    edge = 0 if whole else max(2 * vec, 32 * tile.num_warps // tile.rows)
+
+    # without temperatures a row the kernels still take the arguments, and look at none of them
+    n_per_row = len(full) - 1
+    pointers = per_row or [temperature, None][:n_per_row]
+    row_strides = layout.strides[len(full) :] or ((0,),) * n_per_row
+    kernel[(layout.n_outer * -(-layout.n_rows // tile.rows),)](
+        *full, *pointers, layout.outer_shape, layout.n_rows, n_cols, *layout.strides[: len(full)], *row_strides,
+        ROWS=tile.rows, COLS=tile.cols, VEC=vec, EDGE=edge, FITS=tile.fits, PER_ROW=bool(per_row),
+        ACC=tl.float64 if full[0].dtype == torch.float64 else tl.float32, num_warps=tile.num_warps, **flags,
+    )  # fmt: skip
+
+
+def _forward_triton(
+    x: Tensor, temperatures: Tensor | None, temperature: float, log: bool, causal: bool, dtype: torch.dtype
+) -> Tensor:
+    from ..kernels.softmax import softmax_forward_kernel
+
+    y = torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        per_row = [] if temperatures is None else [temperatures]
+        greedy = temperatures is not None or temperature == 0
+        _launch(softmax_forward_kernel, [x, y], per_row, temperature, GREEDY=greedy, CAUSAL=causal, LOG=log)
+    return y
+
+
+def _backward_triton(
+    dy: Tensor, y: Tensor, temperatures: Tensor | None, temperature: float, log: bool, causal: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from ..kernels.softmax import softmax_backward_kernel
+
+    dx, dt = _backward_fake(dy, y, temperatures, temperature, log, causal, dtype)
+    if y.numel():
+        per_row = [] if temperatures is None else [temperatures, dt]
+        _launch(softmax_backward_kernel, [y, dy, dx], per_row, temperature, CAUSAL=causal, LOG=log)
+    return dx, dt
+
+
+def _forward_fake(
+    x: Tensor, temperatures: Tensor | None, temperature: float, log: bool, causal: bool, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _backward_fake(
+    dy: Tensor, y: Tensor, temperatures: Tensor | None, temperature: float, log: bool, causal: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    dt = y.new_empty(0) if temperatures is None else y.new_empty(temperatures.shape, dtype=temperatures.dtype)
+    return torch.empty_like(y, dtype=dtype), dt
+
+
+def _forward_cpu(
+    x: Tensor, temperatures: Tensor | None, temperature: float, log: bool, causal: bool, dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty_like(x, dtype=dtype)
+    if x.numel() == 0:
+        return out
+    z = x.to(torch.promote_types(x.dtype, torch.float32))
+    if causal:
+        z = z.masked_fill(torch.ones_like(z, dtype=torch.bool).triu(1 + z.shape[-1] - z.shape[-2]), NEG_INF)
+    softmax = torch.log_softmax if log else torch.softmax
+    if temperatures is not None:
+        t = _check_values(temperatures).to(z.dtype).unsqueeze(-1)
+        greedy = t == 0
+        y = softmax(_from_peak(z) / t.masked_fill(greedy, 1), -1)
+        if greedy.any():
+            y = torch.where(greedy, _one_hot(z, log), y)
+    elif temperature == 0:
+        y = _one_hot(z, log)
+    else:
+        y = softmax(z if temperature == 1 else _from_peak(z) / temperature, -1)
+    empty = y[..., :1].isnan()
+    if empty.any():
+        y.masked_fill_(empty & (z == NEG_INF).all(-1, keepdim=True), NEG_INF if log else 0.0)
+    return y if y.dtype == dtype and y.stride() == out.stride() else out.copy_(y)
+
+
+def _from_peak(z: Tensor) -> Tensor:
+    """Scores less their row's maximum, so that dividing them by a small temperature cannot overflow."""
+    peak = z.amax(-1, keepdim=True)
+    return z - peak.masked_fill(peak == NEG_INF, 0)
+
+
+def _one_hot(z: Tensor, log: bool) -> Tensor:
+    peak, first = z.max(-1, keepdim=True)
+    y = torch.zeros_like(z).scatter_(-1, first, (peak > NEG_INF).to(z.dtype)).masked_fill_(peak.isnan(), float("nan"))
+    return y.log_() if log else y
+
+
+def _backward_cpu(
+    dy: Tensor, y: Tensor, temperatures: Tensor | None, temperature: float, log: bool, causal: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    dx, dt = _backward_fake(dy, y, temperatures, temperature, log, causal, dtype)
+    compute = torch.promote_types(y.dtype, torch.float32)
+    p = y.to(compute)
+    g = dy.to(compute).masked_fill(p == (NEG_INF if log else 0.0), 0)
+    if log:
+        g = g - p.exp() * g.sum(-1, keepdim=True)
+    else:
+        g = p * (g - (p * g).sum(-1, keepdim=True))
+    t = temperature if temperatures is None else temperatures.to(compute).unsqueeze(-1)
+    if isinstance(t, Tensor):
+        g = torch.where(t == 0, 0, g / t)
+        log_p = (p if log else p.log()).masked_fill(p == (NEG_INF if log else 0.0), 0)
+        dt.copy_(-(g * log_p).sum(-1))
+    else:
+        g = torch.zeros_like(g) if t == 0 else g / t
+    return dx.copy_(g), dt
+
+
+def _check_values(temperatures: Tensor) -> Tensor:
+    good = temperatures.isfinite() & (temperatures >= 0)
+    if not good.all():
+        raise ValueError(
+            f"temperature must be finite and at least 0, got {temperatures[~good][0].item()} in its tensor"
+        )
+    return temperatures
+
+
+softmax_forward = define_op(
+    "softmax_forward(Tensor x, Tensor? temperatures, float temperature, bool log, bool causal, ScalarType dtype)"
+    " -> Tensor",
+    triton=_forward_triton,
+    torch_cpu=_forward_cpu,
+    fake=_forward_fake,
+)
+softmax_backward = define_op(
+    "softmax_backward(Tensor dy, Tensor y, Tensor? temperatures, float temperature, bool log, bool causal,"
+    " ScalarType dtype) -> (Tensor, Tensor)",
+    triton=_backward_triton,
+    torch_cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, temperatures, temperature, log, causal, dtype):
+        y = softmax_forward(x, temperatures, temperature, log, causal, dtype)
+        ctx.save_for_backward(y, temperatures)
+        ctx.arguments = temperature, log, causal, x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        y, temperatures = ctx.saved_tensors
+        dx, dt = softmax_backward(dy, y, temperatures, *ctx.arguments)
+        return dx, None if temperatures is None else dt, None, None, None, None
+
+
+def softmax(
+    x: Tensor,
+    temperature: float | Tensor = 1.0,
+    dim: int = -1,
+    *,
+    causal: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """softmax(x / temperature) over one dimension.
+
+    x: any shape and strides; float16, bfloat16, float32 or float64. Accumulated in float32 (float64: in float64).
+    temperature: a number, or a floating-point tensor with one value a row: of the shape of x without dim, or with 1 in
+        its place, or any that broadcasts to it. It must be finite and at least 0. At 0 the result is the one-hot of the
+        row's first maximum. A tensor's values are checked on the CPU; on a GPU that would stall the stream, so there a
+        row with a bad temperature is NaN throughout.
+    causal: x is (..., n_rows, n_cols), dim its last: row i sees the columns 0 .. i + n_cols - n_rows, so the last row
+        sees all. Hidden entries are 0 and not read.
+    dtype: of the result, x's by default.
+
+    Entries of -inf get 0 and no gradient, and a row of nothing but -inf is 0 throughout. Differentiable once, with
+    respect to x and to a tensor temperature; the layout in memory is that of x.
+    Raises ValueError or TypeError for a bad temperature, dim, dtype or shape.
+    """
+    return _softmax(x, temperature, dim, causal, dtype, log=False)
+
+
+def log_softmax(
+    x: Tensor,
+    temperature: float | Tensor = 1.0,
+    dim: int = -1,
+    *,
+    causal: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Natural logarithm of `softmax(x, temperature, dim)`, without forming it; arguments and errors as there.
+
+    Entries of -inf and hidden ones are -inf, as is a row of nothing else; their gradients are 0. At temperature 0 the
+    first maximum of a row gives 0, the rest -inf.
+    """
+    return _softmax(x, temperature, dim, causal, dtype, log=True)
+
+
+def _softmax(
+    x: Tensor, temperature: float | Tensor, dim: int, causal: bool, dtype: torch.dtype | None, log: bool
+) -> Tensor:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    ndim = max(x.ndim, 1)
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"dim must be from {-ndim} to {ndim - 1} for x of shape {tuple(x.shape)}, got {dim}")
+    last = dim in (-1, ndim - 1)
+    if causal and (x.ndim < 2 or not last):
+        raise ValueError(f"causal needs x of shape (..., rows, columns) and dim -1, got {tuple(x.shape)} and dim {dim}")
+    scalar = x.ndim == 0
+    rows_last = x.unsqueeze(0) if scalar else x if last else x.movedim(dim, -1)
+    if isinstance(temperature, Tensor):
+        temperatures, number = _per_row(temperature, rows_last, dim % ndim), 1.0
+    else:
+        temperatures, number = None, float(temperature)
+        if not (0 <= number < math.inf):
+            raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+    needs_grad = x.requires_grad or (temperatures is not None and temperatures.requires_grad)
+    run = _Softmax.apply if needs_grad and torch.is_grad_enabled() else softmax_forward
+    y = run(rows_last, temperatures, number, log, causal, dtype or x.dtype)
+    return y.squeeze(0) if scalar else y if last else y.movedim(-1, dim)
+
+
+def _per_row(temperature: Tensor, x: Tensor, dim: int) -> Tensor:
+    """The temperature expanded to x's shape without its last dimension, which was `dim` in the caller's tensor."""
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature must be a float or a floating-point tensor, got {temperature.dtype}")
+    if temperature.device != x.device and temperature.ndim > 0:
+        raise ValueError(f"temperature must be on {x.device} like x, got {temperature.device}")
+    rows = x.shape[:-1]
+    t = temperature.to(x.device)
+    try:
+        return (t.squeeze(dim) if t.ndim == x.ndim and t.shape[dim] == 1 else t).expand(rows)
+    except RuntimeError:
+        raise ValueError(
+            f"temperature must have one value a row, a shape that broadcasts to {tuple(rows)}, got {tuple(t.shape)}"
+        ) from None
