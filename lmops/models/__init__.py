@@ -1,5 +1,8 @@
-"""Language models: one configurable decoder."""
+"""Language models: one configurable decoder, its tokenizer, and loading of checkpoints."""
 
+from lmops.models.checkpoint import CheckpointError
 from lmops.models.gpt import GPT, GPTConfig, KVCache, RopeScaling
+from lmops.models.loading import load
+from lmops.models.tokenizer import Tokenizer
 
-__all__ = ["GPT", "GPTConfig", "KVCache", "RopeScaling"]
+__all__ = ["GPT", "CheckpointError", "GPTConfig", "KVCache", "RopeScaling", "Tokenizer", "load"]

@@ -1,0 +1,195 @@
+"""What every checkpoint format shares: the list of stored tensors, the map of their names, and filling a model.
+
+A format gives a list of `StoredTensor` (name, shape, how to read it) and an architecture a table from stored names
+to `Target`s. `load_parameters` checks one against the other before it reads anything, then reads one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lmops.models.gpt import GPT, GPTConfig
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be loaded: damaged, incomplete, or with a feature that the model doesn't have."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint, not read yet. `read` gives it as a CPU tensor of `shape` and `dtype`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    file: Path
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a stored tensor goes.
+
+    parameter: a name in `GPT`; in a table `{i}` stands for the number of a block.
+    part: which rows of a fused parameter: "q", "k", "v", "gate", "up"; "" is all of it.
+    layout: how the stored tensor differs from the parameter. "transposed" is (in, out), as GPT-2's Conv1D keeps it.
+        "interleaved" has the rows of each head in the order 0, half, 1, half + 1, ..., as llama.cpp keeps q and k.
+    """
+
+    parameter: str
+    part: Literal["", "q", "k", "v", "gate", "up"] = ""
+    layout: Literal["", "transposed", "interleaved"] = ""
+
+
+NameTable = Mapping[str, Target]
+
+
+def expand(table: NameTable, n_layers: int) -> dict[str, Target]:
+    """The table with every `{i}` entry written out for each block."""
+    targets: dict[str, Target] = {}
+    for name, target in table.items():
+        for i in range(n_layers) if "{i}" in name else (0,):
+            parameter = target.parameter.replace("{i}", str(i))
+            targets[name.replace("{i}", str(i))] = Target(parameter, target.part, target.layout)
+    return targets
+
+
+def build_model(
+    config: GPTConfig,
+    stored: Sequence[StoredTensor],
+    table: NameTable,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    source: Path,
+) -> GPT:
+    """A `GPT` of `config` with the weights of a checkpoint, in evaluation mode.
+
+    The model starts on the meta device, so memory holds the parameters in `dtype` on `device` and one stored tensor.
+
+    stored: the tensors of the checkpoint, without those that hold no weights.
+    table: the names of the architecture. An entry whose parameter this model doesn't have (a bias) is left out.
+    source: what an error about the whole checkpoint names.
+
+    Raises CheckpointError where the tensors are not exactly those that the model needs, each with the right shape.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    targets = {name: t for name, t in expand(table, config.n_layers).items() if t.parameter in parameters}
+    _check(stored, targets, parameters, config, source)
+    _allocate(model, dtype, device)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled: set[tuple[int, str]] = set()
+    for tensor in stored:
+        target = targets[tensor.name]
+        rows = parameters[target.parameter].data[_rows(target, parameters[target.parameter], config)]
+        slot = (id(parameters[target.parameter]), target.part)
+        if slot not in filled:
+            _copy(rows, tensor.read(), target.layout, config.head_dim)
+        elif not torch.equal(rows, tensor.read().to(rows)):
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name!r} differs from the embedding that the configuration ties it to"
+            )
+        filled.add(slot)
+    return model.requires_grad_(False).eval()
+
+
+def _check(
+    stored: Sequence[StoredTensor],
+    targets: Mapping[str, Target],
+    parameters: Mapping[str, nn.Parameter],
+    config: GPTConfig,
+    source: Path,
+) -> None:
+    """Compare what is stored with what the model needs, by names and shapes alone."""
+    seen: dict[str, StoredTensor] = {}
+    for tensor in stored:
+        if tensor.name in seen:
+            raise CheckpointError(
+                f"tensor {tensor.name!r} is stored twice: in {seen[tensor.name].file} and {tensor.file}"
+            )
+        seen[tensor.name] = tensor
+    unexpected = [tensor for tensor in stored if tensor.name not in targets]
+    if unexpected:
+        first = unexpected[0]
+        raise CheckpointError(
+            f"{first.file}: unexpected tensor {first.name!r} of shape {first.shape}{_more(unexpected)}: "
+            "this architecture has no place for it"
+        )
+    covered = {(id(parameters[targets[name].parameter]), targets[name].part) for name in seen}
+    missing = [(name, t) for name, t in targets.items() if (id(parameters[t.parameter]), t.part) not in covered]
+    if missing:
+        name, target = missing[0]
+        shape = _stored_shape(target, parameters[target.parameter], config)
+        raise CheckpointError(f"{source}: missing tensor {name!r} of shape {shape}{_more(missing)}")
+    for tensor in stored:
+        target = targets[tensor.name]
+        shape = _stored_shape(target, parameters[target.parameter], config)
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, the configuration needs {shape}"
+            )
+    unmapped = set(map(id, parameters.values())) - {id(parameters[t.parameter]) for t in targets.values()}
+    assert not unmapped, [name for name, p in parameters.items() if id(p) in unmapped]
+
+
+def _more(items: Sequence[object]) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
+
+
+def _rows(target: Target, parameter: Tensor, config: GPTConfig) -> slice:
+    """The rows of `parameter` that `target` names."""
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    half = len(parameter) // 2
+    bounds = {
+        "": (0, len(parameter)),
+        "q": (0, q),
+        "k": (q, q + kv),
+        "v": (q + kv, q + 2 * kv),
+        "gate": (0, half),
+        "up": (half, 2 * half),
+    }
+    return slice(*bounds[target.part])
+
+
+def _stored_shape(target: Target, parameter: Tensor, config: GPTConfig) -> tuple[int, ...]:
+    rows = _rows(target, parameter, config)
+    shape = (rows.stop - rows.start, *parameter.shape[1:])
+    return shape[::-1] if target.layout == "transposed" else shape
+
+
+def _allocate(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give every meta parameter memory, once for those that share one."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=dtype, device=device))
+            setattr(module, name, made[id(old)])
+
+
+def _copy(rows: Tensor, tensor: Tensor, layout: str, head_dim: int) -> None:
+    """Write a stored tensor into the rows of a parameter; converts dtype and device on the way."""
+    if layout == "transposed":
+        tensor = tensor.T
+    elif layout == "interleaved":
+        rows = rows.unflatten(0, (-1, 2, head_dim // 2))
+        tensor = tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2)
+    rows.copy_(tensor)
+
+
+def check_features(settings: Mapping[str, object], neutral: Mapping[str, object], source: Path) -> None:
+    """Raise for a setting that changes what the model computes in a way that `GPT` doesn't have.
+
+    neutral: for each such key the value without effect; a key that is absent or null has none either.
+    """
+    for key, value in neutral.items():
+        if settings.get(key) not in (None, value):
+            raise CheckpointError(f"{source}: {key} = {settings[key]!r} is not supported (only {value!r} is)")

@@ -1,0 +1,79 @@
+"""`load`: a model and its tokenizer from a folder, a GGUF file or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from lmops.models import huggingface
+from lmops.models.checkpoint import CheckpointError, NameTable, StoredTensor, build_model
+from lmops.models.extras import require
+from lmops.models.gguf import GGUFFile, read_gguf
+from lmops.models.gpt import GPT
+from lmops.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
+
+__all__ = ["CheckpointError", "load"]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
+
+
+def load(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    load_tokenizer: bool = True,
+) -> tuple[GPT, Tokenizer | None]:
+    """Load a language model, ready for inference, and its tokenizer (None where the checkpoint has none).
+
+        model, tokenizer = lmops.load("models/SmolLM2-135M-Instruct.gguf")
+
+    path_or_hub_id: a folder with config.json and safetensors files (GPT-2, Llama, Mistral, Qwen2, Qwen3, SmolLM),
+        a GGUF file (llama, qwen2, qwen3, gpt2), or a name on the Hugging Face hub such as "HuggingFaceTB/SmolLM2-135M",
+        which is downloaded to huggingface_hub's cache.
+    dtype: of the weights; None is what the checkpoint's embedding has, and float32 for a GGUF file.
+    device: where the weights go, one tensor at a time: memory never holds the checkpoint beside the model.
+    load_tokenizer: False leaves the tokenizer out, for a checkpoint whose tokenizer is not supported.
+
+    Raises FileNotFoundError where there is nothing of that name, CheckpointError for a checkpoint that is damaged,
+    incomplete or has a feature that the model doesn't have, NotImplementedError for a tokenizer of another kind, and
+    ImportError where the packages of lmops[models] are missing.
+    """
+    path = Path(path_or_hub_id)
+    if not path.exists():
+        path = _download(os.fspath(path_or_hub_id))
+    if path.is_dir():
+        config, stored, table = huggingface.read_folder(path)
+        dtype = dtype or _stored_dtype(stored, table)
+        model = build_model(config, stored, table, dtype=dtype, device=device, source=path)
+        return model, tokenizer_from_folder(path) if load_tokenizer else None
+    file = GGUFFile(path)
+    config, stored, table = read_gguf(file)
+    tokenizer = tokenizer_from_gguf(file) if load_tokenizer else None
+    model = build_model(config, stored, table, dtype=dtype or torch.float32, device=device, source=path)
+    return model, tokenizer
+
+
+def _stored_dtype(stored: list[StoredTensor], table: NameTable) -> torch.dtype:
+    """The dtype of the stored embedding, which decides for a checkpoint of mixed ones."""
+    return next(
+        (t.dtype for t in stored if t.name in table and table[t.name].parameter == "embed.weight"), torch.float32
+    )
+
+
+def _download(name: str) -> Path:
+    """The local folder of a model on the hub."""
+    if not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"{name}: no such file or folder")
+    hub = require("huggingface_hub", "models")
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:  # no such model, no access, no network: all its errors are one of these
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{name}: no such file or folder here, and not to be had from the Hugging Face hub: {reason}"
+        ) from error
