@@ -341,18 +341,18 @@ def rope_frequencies(config: GPTConfig, positions: Tensor) -> tuple[Tensor, floa
 
 
 def rope_tables(config: GPTConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and signed sin for `apply_rope`, (B, T, 1, rope_dim) each: computed in fp32, cast at the end."""
+    """cos and signed sin for `apply_rope`, (B, 1, T, rope_dim) each: computed in fp32, cast at the end."""
     frequencies, factor = rope_frequencies(config, positions)
     angles = positions[..., None].float() * frequencies.unsqueeze(-2)  # (B, T, rope_dim / 2)
     cos, sin = angles.cos() * factor, angles.sin() * factor
     cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    return cos.unsqueeze(2).to(dtype), sin.unsqueeze(2).to(dtype)
+    return cos.unsqueeze(1).to(dtype), sin.unsqueeze(1).to(dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[i], x[i + rope_dim / 2]) by its angle (arXiv 2104.09864, in Hugging Face's pairing).
 
-    x: (B, T, heads, D). The sign of the rotation is in `sin`, so exchanging the halves is one roll.
+    x: (B, heads, T, D). The sign of the rotation is in `sin`, so exchanging the halves is one roll.
     """
     dim = cos.shape[-1]
     if dim < x.shape[-1]:
@@ -415,10 +415,12 @@ class KVCache:
 
         `length` stays as it is: every layer writes the same columns, and the model advances it after the last one.
         """
-        first, end = self.first_visible, self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, first:end], self.values[layer, :, :, first:end]
+        T, first = k.shape[2], self.first_visible
+        keys, values = self.keys[layer], self.values[layer]  # (B, KV, capacity, D)
+        keys.narrow(2, self.length, T).copy_(k)
+        values.narrow(2, self.length, T).copy_(v)
+        S = self.length + T - first
+        return keys.narrow(2, first, S), values.narrow(2, first, S)
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -445,14 +447,14 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, KV = self.heads
         # Queries and keys stay one tensor while both are rotated: at batch 1 decoding costs operators, not arithmetic.
-        qk, v = self.qkv(x).view(B, T, H + 2 * KV, self.head_dim).split((H + KV, KV), dim=2)
+        qkv = self.qkv(x).view(B, T, H + 2 * KV, self.head_dim).transpose(1, 2)
+        qk, v = qkv.split((H + KV, KV), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.split((H, KV), dim=2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+            q, k = qk.split((H, KV), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         if rope is not None:
             qk = apply_rope(qk, *rope)
-        q, k = qk.transpose(1, 2).split((H, KV), dim=1)  # (B, H, T, D), (B, KV, T, D)
-        v = v.transpose(1, 2)
+        q, k = qk.split((H, KV), dim=1)  # (B, H, T, D), (B, KV, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, KV, S, D)
         y = F.scaled_dot_product_attention(
@@ -491,6 +493,11 @@ def make_norm(config: GPTConfig) -> nn.RMSNorm | nn.LayerNorm:
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
+def drop(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout that is no operator at all where it does nothing."""
+    return F.dropout(x, p) if training and p else x
+
+
 class Block(nn.Module):
     """One layer of the residual stream: attention moves information between tokens, the MLP works on each."""
 
@@ -500,13 +507,13 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope, mask, cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + drop(self.attn(self.attn_norm(x), rope, mask, cache), self.dropout, self.training)
+        return x + drop(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -523,7 +530,6 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.context_length, config.d_model) if learned else None
-        self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -581,7 +587,7 @@ class GPT(nn.Module):
             x = x * math.sqrt(self.config.d_model) + sinusoids(positions, self.config.d_model).to(x.dtype)
         elif self.config.positions == "rope":
             rope = rope_tables(self.config, positions, x.dtype)
-        x = self.dropout(x)
+        x = drop(x, self.config.dropout, self.training)
 
         mask = self._mask(T, cache, tokens.device)
         for block in self.blocks:
