@@ -86,19 +86,19 @@ def build_model(
     _check(stored, targets, parameters, config, source)
     _allocate(model, dtype, device)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    filled: set[tuple[int, str]] = set()
+    filled: dict[tuple[int, str], str] = {}
     for tensor in stored:
         target = targets[tensor.name]
         rows = parameters[target.parameter].data[_rows(target, parameters[target.parameter], config)]
         slot = (id(parameters[target.parameter]), target.part)
         if slot not in filled:
             _copy(rows, tensor.read(), target.layout, config.head_dim)
+            filled[slot] = tensor.name
         elif not torch.equal(rows, tensor.read().to(rows)):
             raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} differs from the embedding that the configuration ties it to"
+                f"{tensor.file}: tensors {filled[slot]!r} and {tensor.name!r} differ, but the configuration ties them"
             )
-        filled.add(slot)
-    return model.requires_grad_(False).eval()
+    return model.eval()
 
 
 def _check(

@@ -9,7 +9,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,7 @@ def _decoder_config(settings: Settings, source: Path, **changes: Any) -> GPTConf
     n_heads = _required(settings, "num_attention_heads", source)
     head_dim = settings.get("head_dim") or d_model // n_heads
     rope = _rope_settings(settings)
+    check_features(rope, {"partial_rotary_factor": 1.0}, source)  # none of these architectures reads it
     return GPTConfig(
         vocab_size=_required(settings, "vocab_size", source),
         context_length=context,
@@ -219,7 +220,6 @@ def _decoder_config(settings: Settings, source: Path, **changes: Any) -> GPTConf
         gated_mlp=True,
         positions="rope",
         rope_base=rope.get("rope_theta") or 10000.0,
-        rope_dim=int(head_dim * (rope.get("partial_rotary_factor") or 1.0)),
         rope_scaling=scaling,
         tie_embeddings=settings.get("tie_word_embeddings", False),
         **{"bias": False, **changes},
@@ -326,7 +326,7 @@ def _llama_names() -> NameTable:
 class Architecture:
     """How to read one `model_type`.
 
-    prefix: what names may start with (a base model is saved without it).
+    prefix: what all names but the head's start with, unless the base model alone was saved.
     used: the configuration keys that `config` reads, beside RoPE's.
     weightless: ends of the names of stored tensors that hold no weights.
     """
@@ -384,5 +384,8 @@ def read_folder(folder: Path) -> tuple[GPTConfig, list[StoredTensor], NameTable]
         warnings.warn(f"{source}: these keys are unknown and have no effect: {', '.join(unknown)}", stacklevel=4)
     config = architecture.config(settings, source)
     stored = stored_tensors(folder, architecture.weightless)
-    stored = [replace(tensor, name=tensor.name.removeprefix(architecture.prefix)) for tensor in stored]
-    return config, stored, architecture.names
+    prefix = architecture.prefix
+    if not any(tensor.name.startswith(prefix) for tensor in stored):
+        prefix = ""
+    names = {key if key.startswith("lm_head.") else prefix + key: target for key, target in architecture.names.items()}
+    return config, stored, names
