@@ -160,8 +160,9 @@ def _gpt2_config(settings: Settings, source: Path) -> GPTConfig:
 
 
 def _llama_config(settings: Settings, source: Path) -> GPTConfig:
-    bias = bool(settings.get("mlp_bias", False))
-    check_features(settings, {"attention_bias": bias}, source)  # GPT has both or none
+    bias, mlp_bias = (bool(settings.get(key, False)) for key in ("attention_bias", "mlp_bias"))
+    if bias != mlp_bias:
+        raise CheckpointError(f"{source}: attention_bias = {bias} with mlp_bias = {mlp_bias} is not supported")
     return _decoder_config(settings, source, bias=bias)
 
 
