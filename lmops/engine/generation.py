@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lmops.models.gpt import GPT
+from lmops.ops.softmax import softmax
 
 Prompts = Sequence[Sequence[int]] | Tensor
 
@@ -158,4 +159,4 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator | Non
     """The next token of each row: (B, vocab_size) -> (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    return torch.multinomial(torch.softmax(logits.float() / temperature, dim=-1), 1, generator=generator)
+    return torch.multinomial(softmax(logits, temperature, dtype=torch.float32), 1, generator=generator)

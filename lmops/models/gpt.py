@@ -23,8 +23,9 @@ Papers: GPT-2 (Radford et al. 2019), GPT-3 (arXiv 2005.14165), Llama (2302.13971
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -32,9 +33,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
 }
@@ -457,12 +458,13 @@ class Attention(nn.Module):
         q, k = qk.split((H, KV), dim=1)  # (B, H, T, D), (B, KV, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, KV, S, D)
+        is_causal = True if mask is None and T > 1 else False  # noqa: SIM210  # a bool also where T is symbolic
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None and T > 1,
+            is_causal=is_causal,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=H != KV,
         )
