@@ -221,8 +221,8 @@ def softmax_backward_kernel(
     if EDGE:
         e, in_edge = edge_tile(shift, n_cols, VEC, EDGE)
         in_edge = in_edge & in_rows[:, None]
-        mask = in_edge & (e - shift < length)
-        y_edge, dy_edge = load_y_dy(y_ptr, dy_ptr, y_row + e, dy_row + e, mask, True, ACC, False, LOG)
+        seen_edge = in_edge & (e - shift < length)
+        y_edge, dy_edge = load_y_dy(y_ptr, dy_ptr, y_row + e, dy_row + e, seen_edge, True, ACC, False, LOG)
         total += tl.sum(dy_edge if LOG else y_edge * dy_edge, 1)
 
     tile = tl.arange(0, COLS)[None, :]

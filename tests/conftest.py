@@ -44,8 +44,8 @@ def pytest_configure(config):
     import lmops
 
     if config.option.device == "cpu" and importlib.util.find_spec("triton"):
-        # Triton decides when it decorates a function, so only the import needs to see the variable: child processes
-        # that tests start do not inherit it
+        # seen while Triton decorates the kernels, and again while they run (fixture `path`), but not by the processes
+        # that other tests start
         os.environ["TRITON_INTERPRET"] = "1"
         import lmops.kernels
 
@@ -87,10 +87,13 @@ def path(request):
     option = request.config.option.device
     result = Path(request.param, "cuda" if option == "cuda" and request.param == "triton" else "cpu")
     with ExitStack() as stack:
+        if option == "cpu" and result.kind == "triton":
+            stack.enter_context(pytest.MonkeyPatch.context()).setenv("TRITON_INTERPRET", "1")
         if option.startswith("sm_"):
             import ptxsim
 
-            result.stats = stack.enter_context(ptxsim.simulate(arch=int(option[3:]), race=True, uninit=True))
+            uninit = not request.node.get_closest_marker("fake_tensors")
+            result.stats = stack.enter_context(ptxsim.simulate(arch=int(option[3:]), race=True, uninit=uninit))
         calls = stack.enter_context(implementation(result.kind, result.device))
         yield result
     assert calls.count, f"the test did not run the {result.kind} implementation"

@@ -96,7 +96,10 @@ def _backward_triton(
     dx, dt = _backward_fake(dy, y, temperatures, temperature, log, causal, dtype)
     if y.numel():
         per_row = [] if temperatures is None else [temperatures, dt]
-        _launch(softmax_backward_kernel, [y, dy, dx], per_row, temperature, CAUSAL=causal, LOG=log)
+        # no contraction of a product with the sum across lanes: each lane of a row would round its own product only,
+        # and lanes that hold copies of one sum would differ in the last bit
+        flags = {"CAUSAL": causal, "LOG": log, "enable_fp_fusion": False}
+        _launch(softmax_backward_kernel, [y, dy, dx], per_row, temperature, **flags)
     return dx, dt
 
 

@@ -38,7 +38,8 @@ def softmax(
     y = torch.log_softmax(scores, -1) if log else torch.softmax(scores, -1)
     if greedy.any() and z.shape[-1]:
         first = z.masked_fill(masked, NEG_INF).argmax(-1, keepdim=True)
-        one_hot = torch.zeros_like(z).scatter(-1, first, 1.0) + z.isnan().any(-1, keepdim=True) * float("nan")
+        one_hot = torch.zeros_like(z).scatter(-1, first, 1.0)
+        one_hot = one_hot.masked_fill(z.isnan().any(-1, keepdim=True), float("nan"))
         y = torch.where(greedy, one_hot.log() if log else one_hot, y)
     if log:
         y = y.masked_fill(masked, NEG_INF)  # a constant: without this the entries would take a gradient
