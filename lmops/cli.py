@@ -1,0 +1,265 @@
+"""The command line: `lmops generate`, `lmops doctor`.
+
+An error that a user can cause is one line on standard error and exit status 2; `lmops --debug ...` shows where it came
+from.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+    from typer.core import TyperGroup
+except ModuleNotFoundError as missing:  # the console script imports this module: there is no other place to say it
+    sys.stderr.write(f'lmops: the command line needs the package {missing.name!r}: pip install "lmops[cli]"\n')
+    raise SystemExit(2) from missing
+
+if TYPE_CHECKING:
+    import torch
+
+    from lmops.engine.generation import GenerationStats
+    from lmops.models import GPT, Tokenizer
+
+# The optional packages of each extra, for `doctor`; a test compares them with setup.py.
+EXTRAS = {
+    "models": ("safetensors", "tokenizers", "huggingface_hub", "gguf", "jinja2"),
+    "cli": ("typer", "rich"),
+    "bench": ("pytest", "pytest-benchmark", "matplotlib", "rich"),
+    "hf": ("transformers", "kernels"),
+    "test": ("pytest", "pytest-benchmark", "hypothesis"),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class _Group(TyperGroup):
+    """Turns errors that a user can cause into one line and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        import torch
+
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `lmops ... | head`: click ends quietly
+            raise
+        except (ValueError, TypeError, NotImplementedError, OSError, ImportError, torch.OutOfMemoryError) as error:
+            if ctx.params.get("debug"):
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            print(f"lmops: {message}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line with `arguments`, or those of the process, and end the process."""
+    app(args=None if arguments is None else list(arguments), prog_name="lmops")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import lmops
+
+        print(f"lmops {lmops.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Triton kernels for language models, and a small engine that runs on them."""
+
+
+# ---- generate -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="A GGUF file, a Hugging Face folder or a name on the hub.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="A system message before the prompt; needs --chat.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same tokens.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is a GPU.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+) -> None:
+    """Continue a prompt. The text goes to standard output as it comes, tokens per second to standard error."""
+    import torch
+
+    from lmops.engine.generation import GenerationStats
+    from lmops.models import load
+
+    if system is not None and not chat:
+        raise ValueError("--system needs --chat")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise ValueError("the prompt is empty")
+    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    network, tokenizer = load(model, dtype=torch_dtype, device=torch_device)
+    if tokenizer is None:
+        raise ValueError(f"{model}: the checkpoint has no tokenizer, which text needs")
+    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
+    tokens = tokenizer.chat(messages) if chat else tokenizer.encode(text)
+    stats = GenerationStats()
+    for piece in _pieces(network, tokenizer, tokens, max_new_tokens, temperature, seed, stats):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    print(
+        f"prefill: {stats.prompt_tokens} tokens, {stats.prefill_tokens_per_second:.1f} tokens/s; "
+        f"decode: {stats.decode_tokens} tokens, {stats.decode_tokens_per_second:.1f} tokens/s",
+        file=sys.stderr,
+    )
+
+
+def _pieces(
+    model: GPT,
+    tokenizer: Tokenizer,
+    tokens: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int | None,
+    stats: GenerationStats,
+) -> Iterator[str]:
+    """The new text, in pieces that are whole characters."""
+    from lmops.engine.generation import generate_stream
+
+    decoder = tokenizer.stream()
+    steps = generate_stream(
+        model,
+        [tokens],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop_tokens=tokenizer.stop_tokens,
+        stats=stats,
+    )
+    for (token,) in steps:
+        if token is not None:
+            yield decoder.push(token)
+    yield decoder.finish()
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise ValueError(f"--dtype is {name!r}; allowed are {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    try:
+        device = torch.device(name or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}; allowed are cpu, cuda and cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"--device is {name!r}; torch finds {gpus} GPUs")
+    return device
+
+
+# ---- doctor -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed, and which implementation every operator uses on which device, and why."""
+    console = Console()
+    console.print(_environment())
+    console.print(_operators())
+    console.print(_packages())
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _environment() -> Table:
+    import torch
+
+    import lmops
+
+    table = _table("Environment", "", "")
+    table.add_row("lmops", lmops.__version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    table.add_row("torch", torch.__version__)
+    table.add_row("triton", _triton())
+    table.add_row("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {_memory()}")
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        table.add_row(f"cuda:{i}", f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB")
+    if not torch.cuda.device_count():
+        table.add_row("cuda", "no GPU found")
+    return table
+
+
+def _triton() -> str:
+    try:
+        import triton
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    return triton.__version__
+
+
+def _memory() -> str:
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    if not set(names) <= set(getattr(os, "sysconf_names", ())):
+        return "memory unknown"
+    page, pages = (os.sysconf(name) for name in names)
+    return f"{page * pages / 2**30:.1f} GiB memory"
+
+
+def _operators() -> Table:
+    import lmops.ops  # noqa: F401  (registers them)
+    from lmops.ops._register import OPERATORS
+
+    table = _table("Operators", "operator", "device", "implementation", "why")
+    for name, operator in sorted(OPERATORS.items()):
+        for device in ("cpu", "cuda"):
+            kind, why = operator.implementation(device)
+            table.add_row(name, device, kind, why)
+    return table
+
+
+def _packages() -> Table:
+    table = _table("Optional packages", "package", "version", "install with")
+    extras: dict[str, list[str]] = {}
+    for extra, packages in EXTRAS.items():
+        for package in packages:
+            extras.setdefault(package, []).append(extra)
+    for package, names in extras.items():
+        try:
+            table.add_row(package, version(package), "")
+        except PackageNotFoundError:
+            # markup would take [models] for a style
+            table.add_row(package, "missing", f'pip install "lmops\\[{names[0]}]"')
+    return table
