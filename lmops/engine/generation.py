@@ -88,7 +88,11 @@ def generate_stream(
 
     Arguments are checked by the call itself, not by the first step.
     """
-    rows = prompts.tolist() if isinstance(prompts, Tensor) else [list(prompt) for prompt in prompts]
+    rows = (
+        prompts.tolist()
+        if isinstance(prompts, Tensor)
+        else [list(p) if isinstance(p, Sequence) else p for p in prompts]
+    )
     _check(model, rows, max_new_tokens)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}; it must be finite and at least 0 (0 is greedy)")

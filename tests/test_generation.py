@@ -1,0 +1,266 @@
+"""Generation against recomputing everything at each step, and sampling against the probabilities it claims."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmops.engine.generation import GenerationStats, generate, generate_stream
+from lmops.models.gpt import GPT, GPTConfig
+
+CONFIG = GPTConfig(
+    vocab_size=97,
+    context_length=40,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    d_model=32,
+    d_ff=64,
+    norm="rmsnorm",
+    activation="silu",
+    gated_mlp=True,
+    positions="rope",
+    bias=False,
+)
+CONFIGS = {
+    "llama": CONFIG,
+    "mistral": dataclasses.replace(CONFIG, attention_window=6),
+    "gpt2": GPTConfig(vocab_size=97, context_length=40, n_layers=2, n_heads=4, d_model=32),
+}
+PROMPTS = [[3, 14, 15, 92, 65], [35], [8, 97 - 8, 79, 32, 38, 46, 26, 43, 38], [35, 35, 35]]
+
+
+def make_model(config: GPTConfig = CONFIG) -> GPT:
+    """Random weights of a size that makes the next token depend on the whole prompt."""
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request) -> GPT:
+    return make_model(CONFIGS[request.param])
+
+
+@pytest.fixture(scope="module")
+def llama() -> GPT:
+    return make_model()
+
+
+def greedy_without_cache(model: GPT, prompt: list[int], n: int) -> list[int]:
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(n):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+# ------------------------------------------------------------------------------------------------------ greedy
+
+
+def test_greedy_is_the_argmax_of_a_full_recomputation(model):
+    expected = [greedy_without_cache(model, prompt, 20) for prompt in PROMPTS]
+    assert len({tuple(row) for row in expected}) == len(PROMPTS)
+    assert min(len(set(row)) for row in expected) > 3, "a model that repeats itself tests nothing"
+    assert [generate(model, [prompt], max_new_tokens=20)[0] for prompt in PROMPTS] == expected
+    assert generate(model, PROMPTS, max_new_tokens=20) == expected  # and no row depends on its batch mates
+
+
+def test_a_tensor_of_prompts(llama):
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert generate(llama, prompts, max_new_tokens=7) == generate(llama, prompts.tolist(), max_new_tokens=7)
+
+
+def test_the_context_can_be_filled_to_its_end(model):
+    prompt = PROMPTS[0]
+    n = model.config.context_length - len(prompt)
+    assert generate(model, [prompt], max_new_tokens=n)[0] == greedy_without_cache(model, prompt, n)
+
+
+def test_generation_computes_only_the_logits_it_uses(llama):
+    shapes: list[tuple[int, ...]] = []
+    hook = llama.head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    generate(llama, PROMPTS, max_new_tokens=3)
+    hook.remove()
+    assert shapes == [(4, 1, 97)] * 3
+
+
+def test_no_mask_for_sequences_of_equal_length(llama, monkeypatch):
+    masks: list[Tensor | None] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, attn_mask, **options: masks.append(attn_mask) or attention(*args, attn_mask=attn_mask, **options),
+    )
+    generate(llama, [[1, 2, 3], [4, 5, 6]], max_new_tokens=4)
+    assert masks == [None] * 4 * CONFIG.n_layers
+    masks.clear()
+    generate(llama, [[1, 2, 3], [4, 5]], max_new_tokens=4)
+    assert len(masks) == 4 * CONFIG.n_layers
+    assert all(mask is not None for mask in masks)
+
+
+# ----------------------------------------------------------------------------------------------- stop, streaming
+
+
+def test_stop_tokens_end_a_row_and_are_left_out(model):
+    full = generate(model, PROMPTS, max_new_tokens=20)
+    stops = {full[0][4], full[2][9]}
+
+    def until_stop(row: list[int]) -> list[int]:
+        return row[: next((i for i, token in enumerate(row) if token in stops), None)]
+
+    expected = [until_stop(row) for row in full]
+    assert len({len(row) for row in expected}) > 1
+    assert generate(model, PROMPTS, max_new_tokens=20, stop_tokens=stops) == expected
+    assert generate(model, PROMPTS, max_new_tokens=20, stop_tokens=list(stops)) == expected
+
+
+def test_the_loop_ends_with_the_last_row(llama):
+    full = generate(llama, PROMPTS[:2], max_new_tokens=20)
+    stops = [full[0][3], full[1][5]]
+    calls: list[int] = []
+    hook = llama.register_forward_hook(lambda *_: calls.append(1))
+    rows = generate(llama, PROMPTS[:2], max_new_tokens=20, stop_tokens=stops)
+    hook.remove()
+    assert len(calls) == max(map(len, rows)) + 1 < 20
+
+
+def test_a_first_token_that_stops_gives_nothing(llama):
+    first = generate(llama, [PROMPTS[0]], max_new_tokens=1)[0][0]
+    assert generate(llama, [PROMPTS[0]], max_new_tokens=5, stop_tokens=[first]) == [[]]
+
+
+def test_the_stream_is_generate_one_step_at_a_time(llama):
+    full = generate(llama, PROMPTS, max_new_tokens=8)
+    stops = [full[0][2]]
+    steps = list(generate_stream(llama, PROMPTS, max_new_tokens=8, stop_tokens=stops))
+    rows = generate(llama, PROMPTS, max_new_tokens=8, stop_tokens=stops)
+    assert len(steps) == max(map(len, rows))
+    assert [[step[i] for step in steps if step[i] is not None] for i in range(len(PROMPTS))] == rows
+    assert steps[-1][0] is None
+    stream = generate_stream(llama, [PROMPTS[0]], max_new_tokens=3)
+    assert next(stream) == [full[0][0]]
+
+
+def test_the_caller_of_a_stream_is_not_in_inference_mode(llama):
+    for _ in generate_stream(llama, [PROMPTS[0]], max_new_tokens=2):
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
+
+
+def test_statistics(llama):
+    stats = GenerationStats()
+    full = generate(llama, PROMPTS, max_new_tokens=6, stats=stats)
+    assert stats.prompt_tokens == sum(map(len, PROMPTS))
+    assert stats.decode_tokens == 5 * len(PROMPTS)  # the first of each row comes with the prefill
+    assert stats.prefill_tokens_per_second == stats.prompt_tokens / stats.prefill_seconds > 0
+    assert stats.decode_tokens_per_second == stats.decode_tokens / stats.decode_seconds > 0
+
+    stats = GenerationStats()
+    assert stats.prefill_tokens_per_second == stats.decode_tokens_per_second == 0
+    stops = [full[0][3]]
+    rows = generate(llama, PROMPTS[:1], max_new_tokens=6, stop_tokens=stops, stats=stats)
+    assert len(rows[0]) < 6
+    assert stats.decode_tokens == len(rows[0])  # with the stop token, without the first
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_draws_follow_the_softmax_with_temperature(llama, temperature):
+    n = 4000
+    rows = generate(llama, [PROMPTS[0]] * n, max_new_tokens=1, temperature=temperature, seed=0)
+    counts = torch.bincount(torch.tensor(rows).flatten(), minlength=97)
+    with torch.no_grad():
+        logits = llama(torch.tensor([PROMPTS[0]]))[0, -1].double()
+
+    def fits(temperature: float) -> bool:
+        """Pearson's chi-squared within 4 standard deviations; tokens expected under 5 times count as one."""
+        expected = n * (logits / temperature).softmax(-1)
+        rare = expected < 5
+        assert (~rare).sum() >= 3
+        observed = torch.cat((counts[~rare], counts[rare].sum()[None]))
+        expected = torch.cat((expected[~rare], expected[rare].sum()[None] + 1e-9))
+        freedom = len(expected) - 1
+        return ((observed - expected) ** 2 / expected).sum().item() < freedom + 4 * math.sqrt(2 * freedom)
+
+    assert fits(temperature)
+    assert not fits(temperature * 1.5)
+
+
+def test_a_small_temperature_is_greedy(llama):
+    greedy = generate(llama, PROMPTS, max_new_tokens=10)
+    assert generate(llama, PROMPTS, max_new_tokens=10, temperature=1e-4, seed=0) == greedy
+
+
+def test_seeds(llama):
+    def draw(seed: int | None) -> list[list[int]]:
+        return generate(llama, PROMPTS, max_new_tokens=10, temperature=1.0, seed=seed)
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    state = torch.get_rng_state()
+    draw(1)
+    assert torch.equal(torch.get_rng_state(), state)  # a seed leaves torch's own state alone
+    torch.manual_seed(5)
+    first = draw(None)
+    assert draw(None) != first
+    torch.manual_seed(5)
+    assert draw(None) == first
+
+
+def test_bf16(llama):
+    model = make_model().bfloat16()
+    rows = generate(model, PROMPTS, max_new_tokens=5, temperature=1.0, seed=0)
+    assert [len(row) for row in rows] == [5] * 4
+    assert rows == generate(model, PROMPTS, max_new_tokens=5, temperature=1.0, seed=0)
+
+
+# ------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
+        (
+            {"prompts": [[1] * 36]},
+            r"prompts\[0\] has 36 tokens, which with max_new_tokens=5 are more than the context_length of 40",
+        ),
+        ({"prompts": [[1], [2, 97]]}, r"prompts\[1\] has the token id 97; ids go from 0 to 96"),
+        ({"prompts": [[-1]]}, r"prompts\[0\] has the token id -1"),
+        ({"temperature": -0.1}, "temperature is -0.1; it must be finite and at least 0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("function", [generate, generate_stream])
+def test_arguments_without_meaning_are_refused(llama, function, arguments, message):
+    arguments = {"prompts": [[1, 2]], "max_new_tokens": 5, **arguments}
+    with pytest.raises(ValueError, match=message):
+        function(llama, **arguments)
+
+
+@pytest.mark.parametrize("prompts", [[1, 2, 3], torch.tensor([1, 2, 3])])
+def test_a_prompt_that_is_not_in_a_list_is_refused(llama, prompts):
+    with pytest.raises(
+        TypeError, match=r"prompts\[0\] is 1; prompts must be a list of token lists or a \(B, T\) tensor"
+    ):
+        generate(llama, prompts, max_new_tokens=1)
+
+
+def test_dropout_in_generation_is_refused():
+    model = make_model(dataclasses.replace(CONFIG, dropout=0.1)).train()
+    with pytest.raises(ValueError, match="model is in training mode with dropout="):
+        generate(model, PROMPTS, max_new_tokens=1)
+    assert len(generate(model.eval(), PROMPTS, max_new_tokens=1)) == 4
