@@ -20,9 +20,9 @@ narrow     how many instructions move less than 16 bytes a lane. One a temperatu
     whose length is not a multiple of 16 bytes, are in the nature of an operation; a main loop has none.
 tensor     the tensor-core instruction found.
 
-Broken rules, which make the exit status 1: a spill, or a stack; more shared memory, or threads a block, than the target
-has; no tensor-core instruction where the case expects one; an advisory of ptxas, such as C7510 and C7515 about
-serialised wgmma; a compilation that failed, crashed or ran out of time.
+Broken rules, which make the exit status 1: a spill, or a stack; more shared memory, or threads a block, than the
+target has; no tensor-core instruction, or a narrow access, where the case expects otherwise; an advisory of ptxas, such
+as C7510 and C7515 about serialised wgmma; a compilation that failed, crashed or ran out of time.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def compile_variant(variant: Variant, target: Target, save: Path | None = None) 
     for i, kernel in enumerate(kernels):
         row = inspect_kernel(kernel, variant, target)
         # of a variant with tensor cores, its products must use them; a sum of rows beside them need not
-        row.broken = broken_rules(row, target, variant.tensor_core if with_dot[i] or not any(with_dot) else False)
+        needs = variant.tensor_core if with_dot[i] or not any(with_dot) else False
+        row.broken = broken_rules(row, target, tensor_core=needs, wide=variant.wide)
         rows.append(row)
         if save:
             again = sum(earlier.kernel == row.kernel for earlier in rows[:-1])
@@ -181,7 +182,11 @@ def inspect_kernel(kernel: Any, variant: Variant, target: Target) -> Row:
         variant.name,
         target.name,
         metadata.name,
-        tile=" ".join(f"{name}={value}" for name, value in constants.items() if name.isupper()),
+        tile=" ".join(
+            name if value is True else f"{name}={value}"
+            for name, value in constants.items()
+            if name.isupper() and value is not False
+        ),
         warps=metadata.num_warps,
         threads=metadata.num_warps * target.gpu.warp_size,
         shared_bytes=metadata.shared,
@@ -220,7 +225,9 @@ def inspect_nvidia(row: Row, kernel: Any) -> None:
     row.tensor_core = ", ".join(sorted(set(NVIDIA_TENSOR.findall(text))))
     log = ptxas_log(kernel)
     row.spill_bytes = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
-    row.advisories = sorted({line.strip() for line in log.splitlines() if re.search(r"\(C\d+\)|warning|Advisory", line)})
+    # "ptxas info    : (C7510) Potential Performance Loss: ..."
+    notes = [line.partition(":")[2].strip() for line in log.splitlines() if re.search(r"\(C\d+\)|warning", line)]
+    row.advisories = sorted({re.sub(r" in (the )?function.*", "", advisory) for advisory in notes})
 
 
 def ptxas_log(kernel: Any) -> str:
@@ -250,7 +257,9 @@ def inspect_amd(row: Row, text: str) -> None:
     row.spill_bytes = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
     row.shared_bytes = max(row.shared_bytes, number("group_segment_fixed_size"))
     suffixes = AMD_ACCESS.findall(text)
-    row.wide_share, row.narrow = width_figures([AMD_WIDTHS.get(s, 1 if "byte" in s or "8" in s else 2) for s in suffixes])
+    row.wide_share, row.narrow = width_figures(
+        [AMD_WIDTHS.get(s, 1 if "byte" in s or "8" in s else 2) for s in suffixes]
+    )
     row.tensor_core = ", ".join(sorted(set(AMD_TENSOR.findall(text))))
 
 
@@ -270,7 +279,7 @@ def occupancy(target: Target, registers: int, warps: int, shared: int) -> float:
     return min(resident // warps, by_shared, by_blocks) * warps / (4 * target.warps_a_partition)
 
 
-def broken_rules(row: Row, target: Target, tensor_core: bool | str) -> list[str]:
+def broken_rules(row: Row, target: Target, *, tensor_core: bool | str = False, wide: bool = False) -> list[str]:
     """What the module's docstring forbids, as sentences."""
     broken = []
     if row.spill_bytes:
@@ -284,6 +293,8 @@ def broken_rules(row: Row, target: Target, tensor_core: bool | str) -> list[str]
     wanted = target.native_tensor_core if tensor_core == "native" else r"\w"
     if tensor_core and not re.search(wanted, row.tensor_core):
         broken.append(f"uses {row.tensor_core or 'no tensor core'}, expected {tensor_core}: {wanted}")
+    if wide and row.narrow:
+        broken.append(f"has {row.narrow} accesses of less than 16 bytes a lane, {row.wide_share:.0%} of bytes are wide")
     return broken + row.advisories
 
 
@@ -295,7 +306,9 @@ def _work(variant: Variant, target: Target, save: Path | None, log: str, pipe: A
         rows = compile_variant(variant, target, save)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-        rows = [Row(variant.name, target.name, broken=[f"failed: {type(error).__name__}: {lines[0]} {lines[-1]}"[:400]])]
+        rows = [
+            Row(variant.name, target.name, broken=[f"failed: {type(error).__name__}: {lines[0]} {lines[-1]}"[:400]])
+        ]
     pipe.send(rows)
 
 
@@ -326,7 +339,8 @@ def report(
                 process.start()
                 send.close()  # so that the pipe ends with the worker
                 running[receive] = i, process, time.monotonic() + timeout
-            for receive in multiprocessing.connection.wait(list(running), timeout=0.5):
+            ready = set(multiprocessing.connection.wait(list(running), timeout=0.5))
+            for receive in [r for r in running if r in ready]:
                 i, process, _ = running.pop(receive)
                 try:
                     done[i] = receive.recv()
@@ -361,14 +375,15 @@ def find_variants() -> list[Variant]:
 
 def print_table(rows: Sequence[Row]) -> None:
     """The table, then the rules that are broken."""
-    header = "target variant kernel warps registers spill stack shared occupancy 16_B narrow tensor tile"
+    header = ["target", "variant", "kernel", "warps", "registers", "spill", "stack", "shared"]
+    header += ["occupancy", "16 B", "narrow", "tensor", "tile"]
     lines = []
     for r in rows:
         sizes = [r.warps, r.registers, r.spill_bytes, r.stack_bytes, r.shared_bytes]
         access = [f"{r.occupancy:.0%}", f"{r.wide_share:.0%}", str(r.narrow)]
         figures = [*map(str, sizes), *access] if r.kernel else [""] * 8
         lines.append([r.target, r.variant, r.kernel or "-", *figures, r.tensor_core, r.tile])
-    print(table(header.replace("_", " ", 0).split(), lines))
+    print(table(header, lines))
     broken = [(r, rule) for r in rows for rule in r.broken]
     print(f"\n{len(rows)} compiled kernels, {len(broken)} broken rules")
     for r, rule in broken:

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,11 +33,13 @@ class Variant:
 
     tensor_core: the kernels with a `tl.dot` must use tensor cores: "native", the target's own instruction (wgmma on
     sm_90, tcgen05 on sm_100), or "any", also mma.sync there, right for tiles too small for the native one.
+    wide: every access to global memory must be of 16 bytes a lane.
     """
 
     name: str
     run: Call
     tensor_core: Literal[False, "native", "any"] = False
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,9 @@ def timer(device: torch.device) -> Callable[[Call], float]:
 
         return on_cpu
 
-    flush = torch.empty(max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 26), device=device, dtype=torch.int8)
+    flush = torch.empty(
+        max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 26), device=device, dtype=torch.int8
+    )
 
     def on_gpu(call: Call) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -158,7 +163,7 @@ def measure_peak(device: torch.device, dtypes: Iterable[torch.dtype]) -> Peak:
     operations = {}
     for dtype in dtypes:
         a = torch.ones(n, n, dtype=dtype, device=device)
-        operations[dtype] = 2 * n**3 / median(lambda a=a: a @ a)
+        operations[dtype] = 2 * n**3 / median(partial(torch.matmul, a, a))
     return Peak(bandwidth, operations)
 
 
@@ -316,9 +321,7 @@ def run(
             result
             for dtype in dtypes or benchmark.dtypes
             for size in sizes or benchmark.sizes
-            for result in measure(
-                benchmark, size, dtype, device, peak=peak, with_compile=with_compile, seconds=seconds
-            )
+            for result in measure(benchmark, size, dtype, device, peak=peak, with_compile=with_compile, seconds=seconds)
         ]
         echo(table(["size", "dtype", "provider", "ms", "[quartiles]", "GB/s", "peak", "x torch", ""], map(cells, rows)))
         results += rows
