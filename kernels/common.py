@@ -15,8 +15,7 @@ def row_offset(outer, rows, outer_shape, strides):
     strides: one a dimension of outer_shape, then the row's. Returns (R,) int64.
     """
     offset = rows.to(tl.int64) * strides[len(outer_shape)]
-    for i in tl.static_range(len(outer_shape)):
-        d: tl.constexpr = len(outer_shape) - 1 - i
+    for d in tl.static_range(len(outer_shape) - 1, -1, -1):
         offset += (outer % outer_shape[d]).to(tl.int64) * strides[d]
         outer = outer // outer_shape[d]
     return offset

@@ -83,12 +83,12 @@ def inverse(t, numerator: tl.constexpr):
 @triton.jit
 def accumulate(x, column, m, l, first, scale, GREEDY: tl.constexpr):
     """Take a tile into the running maximum m, sum l and column `first` of the first maximum (-1: a NaN), each (R,)."""
-    m_old = m
-    _, m, l, _ = online_softmax_step(x, m, l, scale)
-    if GREEDY:
-        here = tl.where((x == m[:, None]) & (x > float("-inf")), column, NO_COLUMN)
+    if GREEDY:  # before the exponentials, which would be held during the search
+        peak = tl.maximum(m, tl.max(x, 1))
+        here = tl.where((x == peak[:, None]) & (x > float("-inf")), column, NO_COLUMN)
         here = tl.min(tl.where(x != x, -1, here), 1)
-        first = tl.where((m > m_old) & (first >= 0), here, tl.minimum(first, here))
+        first = tl.where((peak > m) & (first >= 0), here, tl.minimum(first, here))
+    _, m, l, _ = online_softmax_step(x, m, l, scale)
     return m, l, first
 
 

@@ -69,12 +69,15 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.option.device.startswith("sm_"):
-        return
-    kernel_tests = [item for item in items if "path" in item.fixturenames]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kernel_tests])
-    items[:] = kernel_tests
-    if not importlib.util.find_spec("ptxsim"):
+    simulated = config.option.device.startswith("sm_")
+    chosen = [
+        i
+        for i in items
+        if (simulated and "path" in i.fixturenames) or (not simulated and "launches" not in i.fixturenames)
+    ]
+    config.hook.pytest_deselected(items=[i for i in items if i not in set(chosen)])
+    items[:] = chosen
+    if simulated and not importlib.util.find_spec("ptxsim"):
         for item in items:
             item.add_marker(pytest.mark.skip(reason="the module ptxsim cannot be imported"))
 
@@ -97,6 +100,12 @@ def path(request):
         calls = stack.enter_context(implementation(result.kind, result.device))
         yield result
     assert calls.count, f"the test did not run the {result.kind} implementation"
+
+
+@pytest.fixture
+def launches(path):
+    """Counters of the simulator, one object a launch. Tests that take it run in the simulator only."""
+    return path.stats
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,9 @@ def double(t):
 def check(path, x, temperature=1.0, *, log=False, dy_layout="contiguous", **options):
     """Result and gradient with respect to x against the reference in float64."""
     dy = arrange(torch.randn(x.shape).to(options.get("dtype") or x.dtype), dy_layout)
-    truth = gradients(reference, x.double(), double(temperature), dy.double(), log=log, causal=options.get("causal", False))
+    truth = gradients(
+        reference, x.double(), double(temperature), dy.double(), log=log, causal=options.get("causal", False)
+    )
     baseline = gradients(reference, x, temperature, dy, log=log, **options)
     on_device = temperature.to(path.device) if isinstance(temperature, torch.Tensor) else temperature
     actual = gradients(FUNCTIONS[log], x.to(path.device), on_device, dy.to(path.device), **options)
@@ -226,7 +228,9 @@ def test_extremes(path, dtype):
     x = torch.tensor([[top, -top, 0.0], [-top, -top, -top], [top, top, -top], [1.0, 1.0001, 0.0]]).to(dtype)
     for temperature in (1e-45, 1e-6, 1.0, 1e30):
         actual = lmops.softmax(x.to(path.device), temperature)
-        assert_accurate(actual, reference(x.double(), temperature), torch.softmax(x.double() / temperature, -1).to(dtype))
+        assert_accurate(
+            actual, reference(x.double(), temperature), torch.softmax(x.double() / temperature, -1).to(dtype)
+        )
 
 
 def test_nan_and_inf_spoil_their_row_only(path):
@@ -383,12 +387,51 @@ def test_any_view(path, shape, dim, order, step, temperature, dtype, log):
     assert_accurate(y, truth, reference(rows, temperature, log=log).movedim(-1, dim))
 
 
-@pytest.mark.parametrize("n_cols", [1, 64, 1000, 4096, 32_768, 40_000, 262_144])
-@pytest.mark.parametrize("bytes_per_column", [2, 4, 8])
-def test_tile(n_cols, bytes_per_column):
-    tile = softmax_tile(n_cols, 1000, bytes_per_column)
-    assert tile.fits == (n_cols <= 32_768 and n_cols * bytes_per_column <= 131_072)
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("n_cols", [256, 1000, 1003, 4096, 4099, 4104, 32_761, 32_768, 50_257, 131_072])
+def test_bytes_moved(launches, n_cols, log):
+    """What bounds the speed on a GPU, counted in the compiled code: each byte once, 16 at a time."""
+    rows = 8 if n_cols < 8192 else 2
+    x = torch.randn(rows, n_cols).half()
+    y = FUNCTIONS[log](x)
+    softmax_backward(torch.randn_like(x), y, None, 1.0, log, False, x.dtype)
+    for launch, tensors_read in zip(launches, (1, 2), strict=True):
+        size = x.numel() * x.element_size()
+        fits = softmax_tile(n_cols, rows, tensors_read).fits
+        loaded, stored = launch.c["global_ld_bytes"] / size, launch.c["global_st_bytes"] / size
+        assert loaded == tensors_read if fits else tensors_read < loaded < 2 * tensors_read
+        assert stored == 1
+        assert launch.c["bank_conflicts"] == 0
+        assert launch.spills == 0
+        # a warp takes 512 bytes a request, but for the ends of rows that are no multiple of 16 bytes
+        whole = n_cols % 8 == 0
+        ends = 0 if whole else 4 * rows
+        for kind, tensors in (("ld", loaded), ("st", stored)):
+            aligned = tensors * rows * -(-n_cols * 2 // 512)
+            assert launch.c[f"global_{kind}_requests"] <= aligned + ends * tensors + 32
+            assert launch.c[f"global_{kind}_sectors"] * 32 / size <= tensors * (1 if n_cols % 16 == 0 else 1.1)
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (8, 40_000)])
+def test_causal_skips_what_is_hidden(launches, shape):
+    """Half of a square triangle is neither read in the forward nor in the backward, but all of the result is written."""
+    rows, cols = shape
+    x = torch.randn(cols if cols < 1000 else rows, cols)[None]
+    y = lmops.softmax(x, causal=True)
+    visible = (x[0] == x[0]).tril(cols - x.shape[1]).sum().item() * 4
+    reads = launches[0].c["global_ld_bytes"] / visible
+    assert reads < (1.05 if cols < 1000 else 2)
+    assert launches[0].c["global_st_bytes"] == y.numel() * 4
+
+
+@pytest.mark.parametrize("n_cols", [1, 64, 1000, 4096, 16_384, 32_768, 40_000, 262_144])
+@pytest.mark.parametrize("registers", [1, 2, 3, 4])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_tile(n_cols, registers, by_column):
+    tile = softmax_tile(n_cols, 1000, registers, by_column)
     assert tile.cols >= n_cols or not tile.fits
+    assert by_column or tile.fits == (n_cols * (4 if registers == 3 else registers) <= 32_768)
+    assert tile.rows >= 32 or not by_column
     assert math.log2(tile.rows * tile.cols * tile.num_warps).is_integer()
     assert 1 <= tile.num_warps <= 32
-    assert tile.rows * tile.cols <= tile.num_warps * 32 * 32
+    assert tile.rows * tile.cols * registers <= tile.num_warps * 32 * 32

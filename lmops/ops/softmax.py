@@ -28,19 +28,18 @@ class Tile:
     num_warps: int
 
 
-def softmax_tile(n_cols: int, n_rows: int, bytes_per_column: int, by_column: bool = False) -> Tile:
-    """The tile for n_rows rows of n_cols columns, of which a program holds bytes_per_column in registers.
+def softmax_tile(n_cols: int, n_rows: int, registers: int, by_column: bool = False) -> Tile:
+    """The tile for n_rows rows of n_cols columns, each of which takes `registers` of 4 bytes while it is held.
 
-    A row fits up to 32,768 columns and 128 KiB: 1,024 threads then hold it in 32 registers each. by_column: the rows,
-    not the columns, are neighbours in memory, so a tile is at least 32 rows wide.
+    A row fits up to 32,768 registers: 1,024 threads then hold 32 each of the 64 they can have, and nothing spills.
+    by_column: the rows, not the columns, are neighbours in memory, so a tile is at least 32 rows wide.
     """
-    cols = max(16, _next_power_of_2(n_cols))
-    rows = _next_power_of_2(n_rows)
+    cols, rows = max(16, _next_power_of_2(n_cols)), _next_power_of_2(n_rows)
+    registers = _next_power_of_2(registers)
     rows = min(rows, 64 if cols <= 256 else 32) if by_column else min(rows, max(1, 2_048 // cols))
-    fits = rows * cols <= 32_768 and rows * cols * bytes_per_column <= 131_072
-    cols = cols if fits else max(16, 8_192 // rows)
-    per_thread = 16 if rows * cols <= 8_192 else 32
-    return Tile(rows, cols, fits, num_warps=max(1, rows * cols // (32 * per_thread)))
+    fits = rows * cols * registers <= 32_768
+    cols = cols if fits else max(16, 8_192 // (rows * registers))
+    return Tile(rows, cols, fits, num_warps=min(32, max(1, rows * cols * registers // 512)))
 
 
 def _next_power_of_2(n: int) -> int:
@@ -54,8 +53,9 @@ def _launch(kernel: Any, full: Sequence[Tensor], per_row: Sequence[Tensor], temp
     n_cols = full[0].shape[-1]
     layout = row_layout(full, per_row, keep_last=flags["CAUSAL"])
     strides = layout.strides[0]
-    read = sum(t.element_size() for t in full[:-1])
-    tile = softmax_tile(n_cols, layout.n_rows, read, by_column=strides[-2] == 1 and strides[-1] > 1)
+    # a value a tensor that is read, one for the search of the first maximum or the temperature's gradient
+    registers = sum(max(1, t.element_size() // 4) for t in full[:-1]) + (bool(per_row) or flags.get("GREEDY", False))
+    tile = softmax_tile(n_cols, layout.n_rows, registers, by_column=strides[-2] == 1 and strides[-1] > 1)
 
     vec = 16 // min(t.element_size() for t in full)
     whole = n_cols % vec == 0 and all(s % vec == 0 for s in strides[:-1])
