@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint that lmops loads; random SmolLM2-135M weights without it")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--prompt-tokens", type=int, default=512, help="of the prefill measurement")
     parser.add_argument("--new-tokens", type=int, default=64, help="of the decode measurement")
     parser.add_argument("--repeats", type=int, default=5)

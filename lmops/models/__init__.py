@@ -1,7 +1,8 @@
 """Language models: one configurable decoder, its tokenizer, and loading of checkpoints."""
 
 from lmops.models.checkpoint import CheckpointError
-from lmops.models.gpt import GPT, GPTConfig, KVCache, RopeScaling
+from lmops.models.config import GPTConfig, RopeScaling
+from lmops.models.gpt import GPT, KVCache
 from lmops.models.loading import load
 from lmops.models.tokenizer import Tokenizer
 

@@ -24,14 +24,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from lmops.models.config import GPTConfig, RopeScaling
+
+__all__ = ["GPT", "GPTConfig", "KVCache", "RopeScaling"]
+
+Rope = tuple[Tensor, Tensor] | None  # cos and sin for `apply_rope`
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -39,250 +43,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
-
-
-# ---------------------------------------------------------------------------------------------------- configuration
-
-
-def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How RoPE frequencies are stretched for contexts longer than the `original_context_length` of the pretraining.
-
-    linear: every frequency divided by `factor` (kaiokendev 2023).
-    dynamic: the base grows with the sequence's present length once it exceeds the original (NTK-aware, bloc97 2023).
-    llama3: low frequencies divided by `factor`, high ones kept, a ramp between them (Llama 3.1).
-    yarn: the same idea with a ramp counted in rotations (arXiv 2309.00071); cos and sin times `attention_factor`.
-    longrope: one searched divisor a frequency, `short_factor` up to the original length and `long_factor` beyond it
-        (arXiv 2402.13753); cos and sin times `attention_factor`.
-
-    With dynamic and longrope each row of a batch is stretched for its own length, not for its longest neighbour's.
-    `attention_factor` None is the value that the paper recommends for `factor`.
-    """
-
-    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
-    factor: float = 1.0
-    original_context_length: int | None = None
-    attention_factor: float | None = None  # yarn, longrope
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0
-    truncate: bool = True
-    short_factor: tuple[float, ...] = ()  # longrope, head_dim / 2 divisors each
-    long_factor: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        _check_choice("RopeScaling.kind", self.kind, ("linear", "dynamic", "llama3", "yarn", "longrope"))
-        if self.factor < 1:
-            raise ValueError(f"RopeScaling.factor is {self.factor}; it must be at least 1")
-        if self.kind != "linear" and not self.original_context_length:
-            raise ValueError(f"RopeScaling.original_context_length is missing; kind={self.kind!r} needs it")
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a `GPT`. The defaults are GPT-2's choices; only the sizes must be given.
-
-    Fields that are None take the value in their comment when the configuration is made (and keep it in
-    `dataclasses.replace`). `bias` is that of the attention output, the MLP and LayerNorm; `qkv_bias` of the QKV matrix.
-    """
-
-    vocab_size: int
-    context_length: int
-    n_layers: int
-    n_heads: int
-    d_model: int
-    n_kv_heads: int = None  # type: ignore[assignment]  # n_heads
-    head_dim: int = None  # type: ignore[assignment]  # d_model // n_heads
-    d_ff: int = None  # type: ignore[assignment]  # 4 * d_model
-
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = 1e-5
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu_tanh"
-    gated_mlp: bool = False  # down(activation(gate(x)) * up(x)); with silu this is SwiGLU (arXiv 2002.05202)
-
-    positions: Literal["learned", "sinusoidal", "rope", "none"] = "learned"
-    rope_base: float = 10000.0
-    rope_dim: int = None  # type: ignore[assignment]  # head_dim; less rotates only the first rope_dim dimensions
-    rope_scaling: RopeScaling | None = None
-    attention_window: int | None = None  # each token sees itself and the window - 1 tokens before it (Mistral)
-
-    bias: bool = True
-    qkv_bias: bool = None  # type: ignore[assignment]  # bias
-    qk_norm: bool = False  # RMSNorm of every query and key head before RoPE (Qwen3)
-    tie_embeddings: bool = True
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        def default(name: str, value: object) -> None:
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-
-        default("n_kv_heads", self.n_heads)
-        if self.head_dim is None and self.n_heads > 0 and self.d_model % self.n_heads:
-            raise ValueError(f"d_model is {self.d_model}; without head_dim, n_heads={self.n_heads} must divide it")
-        default("head_dim", self.d_model // max(self.n_heads, 1))
-        default("d_ff", 4 * self.d_model)
-        default("rope_dim", self.head_dim)
-        default("qkv_bias", self.bias)
-
-        sizes = ("vocab_size", "context_length", "n_layers", "n_heads", "d_model", "n_kv_heads", "head_dim", "d_ff")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        _check_choice("norm", self.norm, ("layernorm", "rmsnorm"))
-        _check_choice("activation", self.activation, tuple(ACTIVATIONS))
-        _check_choice("positions", self.positions, ("learned", "sinusoidal", "rope", "none"))
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads={self.n_heads}")
-        if self.positions == "rope" and (self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim):
-            raise ValueError(f"rope_dim is {self.rope_dim}; it must be even and between 2 and head_dim={self.head_dim}")
-        if self.positions == "sinusoidal" and self.d_model % 2:
-            raise ValueError(f"d_model is {self.d_model}; sinusoidal positions need an even one")
-        if self.rope_scaling is not None:
-            if self.positions != "rope":
-                raise ValueError(f"rope_scaling is set, but positions is {self.positions!r}; it must be 'rope'")
-            if self.rope_scaling.kind == "longrope":
-                for name in ("short_factor", "long_factor"):
-                    found, needed = len(getattr(self.rope_scaling, name)), self.rope_dim // 2
-                    if found != needed:
-                        raise ValueError(f"RopeScaling.{name} has {found} values; it must have rope_dim / 2 = {needed}")
-        if self.attention_window is not None and self.attention_window < 1:
-            raise ValueError(f"attention_window is {self.attention_window}; it must be at least 1, or None")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
-
-    @classmethod
-    def _gpt(cls, n_layers: int, n_heads: int, d_model: int, context_length: int) -> GPTConfig:
-        return cls(
-            vocab_size=50257, context_length=context_length, n_layers=n_layers, n_heads=n_heads, d_model=d_model
-        )  # fmt: skip
-
-    @classmethod
-    def gpt2(cls) -> GPTConfig:
-        """124M parameters."""
-        return cls._gpt(12, 12, 768, 1024)
-
-    @classmethod
-    def gpt2_medium(cls) -> GPTConfig:
-        """355M parameters."""
-        return cls._gpt(24, 16, 1024, 1024)
-
-    @classmethod
-    def gpt2_large(cls) -> GPTConfig:
-        """774M parameters."""
-        return cls._gpt(36, 20, 1280, 1024)
-
-    @classmethod
-    def gpt2_xl(cls) -> GPTConfig:
-        """1.56B parameters."""
-        return cls._gpt(48, 25, 1600, 1024)
-
-    # GPT-3: table 2.1 of arXiv 2005.14165. Two of its rows contradict themselves (24 heads of 128 are not d_model
-    # 2048, 40 heads of 128 are not 5140); 16 heads and 5120 agree with the sizes 1.3B and 13B that it states. Every
-    # second layer of OpenAI's model has sparse attention, which changes no weight; all layers are dense here.
-    @classmethod
-    def gpt3_small(cls) -> GPTConfig:
-        """125M parameters."""
-        return cls._gpt(12, 12, 768, 2048)
-
-    @classmethod
-    def gpt3_medium(cls) -> GPTConfig:
-        """350M parameters."""
-        return cls._gpt(24, 16, 1024, 2048)
-
-    @classmethod
-    def gpt3_large(cls) -> GPTConfig:
-        """760M parameters."""
-        return cls._gpt(24, 16, 1536, 2048)
-
-    @classmethod
-    def gpt3_xl(cls) -> GPTConfig:
-        """1.3B parameters."""
-        return cls._gpt(24, 16, 2048, 2048)
-
-    @classmethod
-    def gpt3_2_7b(cls) -> GPTConfig:
-        """2.7B parameters."""
-        return cls._gpt(32, 32, 2560, 2048)
-
-    @classmethod
-    def gpt3_6_7b(cls) -> GPTConfig:
-        """6.7B parameters."""
-        return cls._gpt(32, 32, 4096, 2048)
-
-    @classmethod
-    def gpt3_13b(cls) -> GPTConfig:
-        """13B parameters."""
-        return cls._gpt(40, 40, 5120, 2048)
-
-    @classmethod
-    def gpt3_175b(cls) -> GPTConfig:
-        """175B parameters: GPT-3."""
-        return cls._gpt(96, 96, 12288, 2048)
-
-    @classmethod
-    def _llama(cls, **sizes_and_changes) -> GPTConfig:
-        llama = {"norm": "rmsnorm", "activation": "silu", "gated_mlp": True, "positions": "rope", "bias": False}
-        return cls(**{**llama, "tie_embeddings": False, **sizes_and_changes})
-
-    @classmethod
-    def llama2_7b(cls) -> GPTConfig:
-        """Llama 2 7B (arXiv 2307.09288)."""
-        return cls._llama(vocab_size=32000, context_length=4096, n_layers=32, n_heads=32, d_model=4096, d_ff=11008)
-
-    @classmethod
-    def llama3_8b(cls) -> GPTConfig:
-        """Llama 3 8B (arXiv 2407.21783)."""
-        return cls._llama(
-            vocab_size=128256, context_length=8192, n_layers=32, n_heads=32, n_kv_heads=8, d_model=4096, d_ff=14336,
-            rope_base=500000.0,
-        )  # fmt: skip
-
-    @classmethod
-    def llama3_1_8b(cls) -> GPTConfig:
-        """Llama 3.1 8B: Llama 3's shape, 128K context by scaled RoPE."""
-        return cls._llama(
-            vocab_size=128256, context_length=131072, n_layers=32, n_heads=32, n_kv_heads=8, d_model=4096, d_ff=14336,
-            rope_base=500000.0, rope_scaling=RopeScaling("llama3", factor=8.0, original_context_length=8192),
-        )  # fmt: skip
-
-    @classmethod
-    def mistral_7b(cls) -> GPTConfig:
-        """Mistral 7B v0.1: a sliding window of 4096 (arXiv 2310.06825)."""
-        return cls._llama(
-            vocab_size=32000, context_length=32768, n_layers=32, n_heads=32, n_kv_heads=8, d_model=4096, d_ff=14336,
-            attention_window=4096,
-        )  # fmt: skip
-
-    @classmethod
-    def qwen2_5_0_5b(cls) -> GPTConfig:
-        """Qwen2.5 0.5B: QKV bias, tied (arXiv 2412.15115)."""
-        return cls._llama(
-            vocab_size=151936, context_length=32768, n_layers=24, n_heads=14, n_kv_heads=2, d_model=896, d_ff=4864,
-            rope_base=1000000.0, norm_eps=1e-6, qkv_bias=True, tie_embeddings=True,
-        )  # fmt: skip
-
-    @classmethod
-    def qwen3_0_6b(cls) -> GPTConfig:
-        """Qwen3 0.6B: norms on query and key heads, heads wider than d_model / n_heads (arXiv 2505.09388)."""
-        return cls._llama(
-            vocab_size=151936, context_length=40960, n_layers=28, n_heads=16, n_kv_heads=8, d_model=1024, d_ff=3072,
-            head_dim=128, rope_base=1000000.0, norm_eps=1e-6, qk_norm=True, tie_embeddings=True,
-        )  # fmt: skip
-
-    @classmethod
-    def smollm2_135m(cls) -> GPTConfig:
-        """SmolLM2 135M (arXiv 2502.02737)."""
-        return cls._llama(
-            vocab_size=49152, context_length=8192, n_layers=30, n_heads=9, n_kv_heads=3, d_model=576, d_ff=1536,
-            rope_base=100000.0, tie_embeddings=True,
-        )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- positions
@@ -296,8 +56,11 @@ def sinusoids(positions: Tensor, d_model: int) -> Tensor:
 
 
 def rope_frequencies(config: GPTConfig, positions: Tensor) -> tuple[Tensor, float]:
-    """RoPE's angles per position, fp32, (rope_dim / 2,) or, where they depend on the row's length, (B, rope_dim / 2);
-    and the factor on cos and sin. The formulas are those of Hugging Face's `ROPE_INIT_FUNCTIONS`."""
+    """The angles of RoPE for one step of position, and the factor on cos and sin. fp32.
+
+    positions: (B, T). The result is (rope_dim / 2,), or (B, rope_dim / 2) where it depends on each row's length.
+    `RopeScaling` says what the kinds are; the formulas are those of transformers' `ROPE_INIT_FUNCTIONS`.
+    """
     dim, base, scaling, device = config.rope_dim, config.rope_base, config.rope_scaling, positions.device
     exponents = torch.arange(0, dim, 2, device=device).float() / dim
     frequencies = 1.0 / base**exponents
@@ -314,30 +77,31 @@ def rope_frequencies(config: GPTConfig, positions: Tensor) -> tuple[Tensor, floa
         return 1.0 / (base * stretch ** (dim / (dim - 2))) ** exponents, 1.0
 
     if scaling.kind == "llama3":
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        rotations = original * frequencies / (2 * math.pi)  # over the original context
-        keep = ((rotations - low) / (high - low)).clamp(0, 1)
+        slow, fast = scaling.low_freq_factor, scaling.high_freq_factor
+        rotations = original * frequencies / (2 * math.pi)  # of each pair over the original context
+        keep = ((rotations - slow) / (fast - slow)).clamp(0, 1)
         return frequencies * keep + frequencies / factor * (1 - keep), 1.0
 
     if scaling.kind == "yarn":
 
-        def dimension_of(rotations: float) -> float:
-            """The (fractional) dimension that makes this many rotations over the original context."""
+        def pair(rotations: float) -> float:
+            """The (fractional) pair of dimensions that makes so many rotations over the original context."""
             return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-        low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+        first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
         if scaling.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, dim - 1)
-        high += 0.001 if low == high else 0.0
-        keep = 1 - ((torch.arange(dim // 2, device=device).float() - low) / (high - low)).clamp(0, 1)
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        ramp = (torch.arange(dim // 2, device=device).float() - first) / (last - first or 0.001)
+        keep = 1 - ramp.clamp(0, 1)
+        frequencies = frequencies * keep + frequencies / factor * (1 - keep)
         recommended = 0.1 * math.log(factor) + 1
     else:  # longrope
-        short, long = (torch.tensor(f, device=device) for f in (scaling.short_factor, scaling.long_factor))
+        short, long = (
+            torch.tensor(divisors, device=device) for divisors in (scaling.short_factor, scaling.long_factor)
+        )
         frequencies = frequencies / torch.where(row_lengths > original, long, short)
         recommended = math.sqrt(1 + math.log(factor) / math.log(original))
-    if scaling.kind == "yarn":
-        frequencies = frequencies * keep + frequencies / factor * (1 - keep)
     return frequencies, recommended if scaling.attention_factor is None else scaling.attention_factor
 
 
@@ -376,15 +140,9 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        config: GPTConfig,
-        batch_size: int,
-        capacity: int,
-        *,
-        padding: Sequence[int] | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+        self, config: GPTConfig, batch_size: int, capacity: int, *, padding: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}; it must be at least 1")
         if padding is not None and (len(padding) != batch_size or min(padding) < 0):
@@ -442,9 +200,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         H, KV = self.heads
         # Queries and keys stay one tensor while both are rotated: at batch 1 decoding costs operators, not arithmetic.
@@ -459,14 +215,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, KV, S, D)
         is_causal = True if mask is None and T > 1 else False  # noqa: SIM210  # a bool also where T is symbolic
+        dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=is_causal,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=H != KV,
+            q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=H != KV
         )
         return self.out(y.transpose(1, 2).reshape(B, T, H * self.head_dim))
 
@@ -511,9 +262,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         x = x + drop(self.attn(self.attn_norm(x), rope, mask, cache), self.dropout, self.training)
         return x + drop(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
@@ -582,7 +331,7 @@ class GPT(nn.Module):
             positions = (positions - cache.padding[:, None]).clamp(min=0)  # (B, T)
 
         x = self.embed(tokens)  # (B, T, d_model)
-        rope = None
+        rope: Rope = None
         if self.positions is not None:
             x = x + self.positions(positions)
         elif self.config.positions == "sinusoidal":
