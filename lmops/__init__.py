@@ -1,6 +1,8 @@
 """lmops: Triton kernels that make torch language models fast, and the modules, models and tools around them."""
 
-from .ops import log_softmax, softmax
+from lmops.engine import generate
+from lmops.models import GPT, GPTConfig, load
+from lmops.ops.softmax import log_softmax, softmax
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "log_softmax", "softmax"]
+__all__ = ["GPT", "GPTConfig", "__version__", "generate", "load", "log_softmax", "softmax"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from .ops._register import OPERATORS
+from lmops.ops._register import OPERATORS
 
 LAYOUTS = ("contiguous", "strided", "transposed", "expanded", "offset")
 

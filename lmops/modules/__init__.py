@@ -1,5 +1,5 @@
 """Drop-in torch modules over the operators."""
 
-from .softmax import LogSoftmax, Softmax
+from lmops.modules.softmax import LogSoftmax, Softmax
 
 __all__ = ["LogSoftmax", "Softmax"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops.softmax import log_softmax, softmax
+from lmops.ops.softmax import log_softmax, softmax
 
 
 class Softmax(nn.Module):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._register import define_op
-from ._strides import aligned_alike, row_layout
+from lmops.ops._register import define_op
+from lmops.ops._strides import aligned_alike, row_layout
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NEG_INF = float("-inf")
@@ -78,7 +78,7 @@ def _launch(kernel: Any, full: Sequence[Tensor], per_row: Sequence[Tensor], temp
 def _forward_triton(
     x: Tensor, temperatures: Tensor | None, temperature: float, log: bool, causal: bool, dtype: torch.dtype
 ) -> Tensor:
-    from ..kernels.softmax import softmax_forward_kernel
+    from lmops.kernels.softmax import softmax_forward_kernel
 
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
@@ -91,7 +91,7 @@ def _forward_triton(
 def _backward_triton(
     dy: Tensor, y: Tensor, temperatures: Tensor | None, temperature: float, log: bool, causal: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    from ..kernels.softmax import softmax_backward_kernel
+    from lmops.kernels.softmax import softmax_backward_kernel
 
     dx, dt = _backward_fake(dy, y, temperatures, temperature, log, causal, dtype)
     if y.numel():
