@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from lmops.engine.generation import GenerationStats, generate
+from lmops.engine.generation import generate
 from lmops.models import GPT, GPTConfig, load
 from lmops.models.gpt import Block
 
@@ -78,7 +78,7 @@ class Ours:
         self.model = model
 
     def __call__(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        return generate(self.model, prompts, max_new_tokens=new_tokens, stats=GenerationStats())
+        return generate(self.model, prompts, max_new_tokens=new_tokens)
 
 
 class Transformers:

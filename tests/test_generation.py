@@ -32,6 +32,15 @@ CONFIGS = {
 PROMPTS = [[3, 14, 15, 92, 65], [35], [8, 97 - 8, 79, 32, 38, 46, 26, 43, 38], [35, 35, 35]]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second thread, and on a busy machine wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_model(config: GPTConfig = CONFIG) -> GPT:
     """Random weights of a size that makes the next token depend on the whole prompt."""
     torch.manual_seed(0)

@@ -53,6 +53,15 @@ CONFIGS = {
 LENGTH = {"dynamic": 16, "longrope": 16}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second thread, and on a busy machine wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_model(config: GPTConfig, seed: int = 0) -> GPT:
     """A model whose every parameter is random and large enough to matter; initial ones hide errors."""
     torch.manual_seed(seed)
