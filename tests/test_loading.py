@@ -230,6 +230,9 @@ def test_stored_masks_and_rope_tables_are_not_weights(tmp_path):
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "lack 'factor'"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         ("llama", {"hidden_size": None}, "'hidden_size' is missing"),
+        ("llama", {"num_attention_heads": 5}, "not the configuration of a model: .* must divide n_heads=5"),
+        ("llama", {"num_attention_heads": 0}, "not the configuration of a model"),
+        ("llama", {"hidden_size": "big"}, "not the configuration of a model"),
         ("qwen3", {"attention_bias": True}, "attention_bias = True is not supported"),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .* only one"),
         (
@@ -379,12 +382,16 @@ def interleave(array, heads):
     return array[order]
 
 
+# where the float16 scales are in a block of the types that the package can't quantize to
+SCALES = {GGML.Q2_K: [80, 82], GGML.Q3_K: [108], GGML.Q4_K: [0, 2], GGML.Q5_K: [0, 2], GGML.Q6_K: [208]}
+
+
 def random_blocks(shape, kind):
-    """Random bytes as rows of blocks, with moderate scales: for the types that the package can't quantize to."""
+    """Random bytes as rows of blocks, with moderate scales."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 256, (*shape[:-1], shape[-1] // block, size), dtype=np.uint8)
-    scales = {GGML.Q4_K: [0, 2], GGML.Q6_K: [208]}[kind]
+    scales = SCALES[kind]
     for at in scales:
         values = rng.uniform(1e-4, 4e-4, raw.shape[:-1]).astype(np.float16)
         raw[..., at : at + 2] = values[..., None].view(np.uint8)
@@ -392,7 +399,7 @@ def random_blocks(shape, kind):
 
 
 def quantize(array, kind):
-    if kind in (GGML.Q4_K, GGML.Q6_K):
+    if kind in SCALES:
         return random_blocks(array.shape, kind)
     return gguf.quants.quantize(array, kind)
 
@@ -555,6 +562,8 @@ def test_gguf_llama3_scaling_is_recognised_by_its_divisors(tmp_path, factor):
         ({"llama.attention.sliding_window": 8}, "llama.attention.sliding_window = 8 is not supported"),
         ({"llama.feed_forward_length": 40}, r"ffn_.*.weight' has shape \(48, 32\), the configuration needs \(40, 32\)"),
         ({"llama.block_count": 3}, r"missing tensor 'blk.2.attn_q.weight' of shape \(32, 32\) \(and 8 more\)"),
+        ({"llama.block_count": 1 << 31}, "2147483648 layers, but only 21 tensors"),
+        ({"general.alignment": 0}, "general.alignment = 0 is not a positive number"),
         ({"llama.block_count": 1}, r"unexpected tensor 'blk.1.attn_norm.weight' of shape \(32,\) \(and 8 more\)"),
     ],
 )

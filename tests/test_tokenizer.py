@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from lmops.models import Tokenizer
+from lmops.models import CheckpointError, Tokenizer
 from lmops.models.gguf import GGUFFile
 from lmops.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 
@@ -159,10 +159,10 @@ def test_folders_without_a_usable_tokenizer(tmp_path):
     with pytest.raises(NotImplementedError, match=r"tokenizer.model: SentencePiece files are not read"):
         tokenizer_from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: not a tokenizer"):
         tokenizer_from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config.json: not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: not valid JSON"):
         tokenizer_from_folder(tmp_path)
 
 
@@ -334,6 +334,23 @@ def test_gguf_tokenizers_that_are_not_supported(tmp_path):
         tokenizer_from_gguf(write_tokenizer(tmp_path / "a.gguf"))
     with pytest.raises(NotImplementedError, match=r"tokenizer.ggml.model = 'bert' is not supported"):
         tokenizer_from_gguf(write_tokenizer(tmp_path / "a.gguf", kind="bert"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokens", None, "damaged: 'tokenizer.ggml.tokens'"),
+        ("merges", ["no such"], "damaged: .*out of vocabulary"),
+        ("bos_token_id", 1 << 30, "damaged: list index out of range"),
+    ],
+)
+def test_gguf_tokenizers_that_are_damaged(tmp_path, key, value, message):
+    file = write_tokenizer(tmp_path / "a.gguf", pre="smollm", bos_token_id=1)
+    del file.metadata[f"tokenizer.ggml.{key}"]
+    if value is not None:
+        file.metadata[f"tokenizer.ggml.{key}"] = value
+    with pytest.raises(CheckpointError, match=rf"a.gguf: the tokenizer in the metadata is {message}"):
+        tokenizer_from_gguf(file)
 
 
 # ---- streams ------------------------------------------------------------------------------------------------------

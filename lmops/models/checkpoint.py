@@ -6,7 +6,8 @@ to `Target`s. `load_parameters` checks one against the other before it reads any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,17 @@ from lmops.models.gpt import GPT, GPTConfig
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be loaded: damaged, incomplete, or with a feature that the model doesn't have."""
+
+
+@contextmanager
+def naming(source: Path, what: str) -> Iterator[None]:
+    """Errors about values in `source` become a CheckpointError that says so."""
+    try:
+        yield
+    except (CheckpointError, NotImplementedError, ImportError):
+        raise
+    except Exception as error:  # of numbers, of GPTConfig, and of tokenizers, which raises nothing more precise
+        raise CheckpointError(f"{source}: {what}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,8 @@ def build_model(
 
     Raises CheckpointError where the tensors are not exactly those that the model needs, each with the right shape.
     """
+    if config.n_layers > len(stored):  # before a damaged number makes a model of a million layers
+        raise CheckpointError(f"{source}: {config.n_layers} layers, but only {len(stored)} tensors")
     with torch.device("meta"), _NoInitialValues():
         model = GPT(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmops.models.checkpoint import CheckpointError, NameTable, StoredTensor, Target
+from lmops.models.checkpoint import CheckpointError, NameTable, StoredTensor, Target, naming
 from lmops.models.extras import require
 from lmops.models.gpt import GPTConfig, RopeScaling
 
-SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q6_K")
+SUPPORTED_TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -71,6 +73,8 @@ class GGUFFile:
             self.metadata[key] = self._value(file, _scalar(file, "<I"))
         infos = [self._tensor_info(file) for _ in range(n_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise CheckpointError(f"{self.path}: general.alignment = {alignment!r} is not a positive number")
         data_start = -(-file.tell() // alignment) * alignment
         self.tensors = [TensorInfo(name, shape, kind, data_start + offset) for name, shape, kind, offset in infos]
 
@@ -371,7 +375,8 @@ def read_gguf(file: GGUFFile) -> tuple[GPTConfig, list[StoredTensor], NameTable]
     make_config, table = _ARCHITECTURES[name]
     data = _Metadata(file, name)
     data.get("vocab_size")  # the embedding's shape says it too
-    config = make_config(data, file)
+    with naming(file.path, "the metadata is not that of a model"):
+        config = make_config(data, file)
     unknown = sorted(data.values.keys() - data.used)
     if unknown:
         warnings.warn(f"{file.path}: these keys are unknown and have no effect: {', '.join(unknown)}", stacklevel=4)

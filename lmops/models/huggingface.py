@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmops.models.checkpoint import CheckpointError, NameTable, StoredTensor, Target, check_features
+from lmops.models.checkpoint import CheckpointError, NameTable, StoredTensor, Target, check_features, naming
 from lmops.models.extras import require
 from lmops.models.gpt import GPTConfig, RopeScaling
 
@@ -383,7 +383,8 @@ def read_folder(folder: Path) -> tuple[GPTConfig, list[StoredTensor], NameTable]
     unknown = sorted(settings.keys() - {*architecture.used.split(), *_INERT_KEYS, *_NEUTRAL})
     if unknown:
         warnings.warn(f"{source}: these keys are unknown and have no effect: {', '.join(unknown)}", stacklevel=4)
-    config = architecture.config(settings, source)
+    with naming(source, "not the configuration of a model"):
+        config = architecture.config(settings, source)
     stored = stored_tensors(folder, architecture.weightless)
     prefix = architecture.prefix
     if not any(tensor.name.startswith(prefix) for tensor in stored):

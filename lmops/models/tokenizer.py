@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lmops.models.checkpoint import naming
 from lmops.models.extras import require
 from lmops.models.gguf import GGUFFile
 
@@ -191,13 +192,15 @@ def tokenizer_from_folder(folder: str | os.PathLike[str]) -> Tokenizer | None:
     Reads tokenizer.json, else vocab.json and merges.txt (GPT-2's); tokenizer_config.json, chat_template.jinja,
     and generation_config.json, else config.json, for the tokens that end a text.
 
-    Raises ValueError for a file that is damaged and for a tokenizer kept in another form only (tokenizer.model).
+    Raises CheckpointError for a damaged file, NotImplementedError for a tokenizer kept in another form only.
     """
     folder = Path(folder)
     settings = _read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
         backend = _read_backend(folder / "tokenizer.json")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        if settings.get("add_prefix_space"):
+            raise NotImplementedError(f"{folder}: add_prefix_space without a tokenizer.json is not supported")
         backend = _gpt2_backend(folder)
     elif (folder / "tokenizer.model").exists():
         raise NotImplementedError(
@@ -224,18 +227,14 @@ def tokenizer_from_folder(folder: str | os.PathLike[str]) -> Tokenizer | None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    try:
+    with naming(path, "not valid JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 
 def _read_backend(path: Path) -> Any:
     tokenizers = require("tokenizers", "models")
-    try:
+    with naming(path, "not a tokenizer"):
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the only class that the package raises
-        raise ValueError(f"{path}: not a tokenizer: {error}") from error
 
 
 def _gpt2_backend(folder: Path) -> Any:
@@ -282,7 +281,8 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer | None:
     Facts: llama.cpp's tokenizer.ggml.* keys. Byte-level BPE (model "gpt2") with the pre-tokenizers of GPT-2, SmolLM,
     Llama 3 and Qwen2.
 
-    Raises NotImplementedError for another model or pre-tokenizer: a guess would give wrong tokens without a sign.
+    Raises CheckpointError for damaged metadata, and NotImplementedError for another model or pre-tokenizer: a guess
+    would give wrong tokens without a sign.
     """
     data = file.metadata
     kind = data.get("tokenizer.ggml.model")
@@ -291,6 +291,11 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer | None:
     if kind != "gpt2":
         raise NotImplementedError(f"{file.path}: tokenizer.ggml.model = {kind!r} is not supported (only 'gpt2' is)")
     pre = _pre_tokenizer(file)
+    with naming(file.path, "the tokenizer in the metadata is damaged"):
+        return _bpe_from_metadata(data, pre)
+
+
+def _bpe_from_metadata(data: Mapping[str, Any], pre: str) -> Tokenizer:
     tokens: list[str] = data["tokenizer.ggml.tokens"]
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in data["tokenizer.ggml.merges"])]
     backend = _byte_level_bpe(
