@@ -21,7 +21,7 @@ narrow     how many instructions move less than 16 bytes a lane. One a temperatu
 tensor     the tensor-core instruction found.
 
 Broken rules, which make the exit status 1: a spill, or a stack; more shared memory, or threads a block, than the
-target has; no tensor-core instruction, or a narrow access, where the case expects otherwise; an advisory of ptxas, such
+target has; no tensor-core instruction, or a lower share of wide accesses, where the case expects it; an advisory of ptxas, such
 as C7510 and C7515 about serialised wgmma; a compilation that failed, crashed or ran out of time.
 """
 
@@ -47,10 +47,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
+from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver as runtime_driver
 from triton.runtime.jit import JITFunction
 
@@ -279,7 +279,7 @@ def occupancy(target: Target, registers: int, warps: int, shared: int) -> float:
     return min(resident // warps, by_shared, by_blocks) * warps / (4 * target.warps_a_partition)
 
 
-def broken_rules(row: Row, target: Target, *, tensor_core: bool | str = False, wide: bool = False) -> list[str]:
+def broken_rules(row: Row, target: Target, *, tensor_core: bool | str = False, wide: float = 0.0) -> list[str]:
     """What the module's docstring forbids, as sentences."""
     broken = []
     if row.spill_bytes:
@@ -293,8 +293,9 @@ def broken_rules(row: Row, target: Target, *, tensor_core: bool | str = False, w
     wanted = target.native_tensor_core if tensor_core == "native" else r"\w"
     if tensor_core and not re.search(wanted, row.tensor_core):
         broken.append(f"uses {row.tensor_core or 'no tensor core'}, expected {tensor_core}: {wanted}")
-    if wide and row.narrow:
-        broken.append(f"has {row.narrow} accesses of less than 16 bytes a lane, {row.wide_share:.0%} of bytes are wide")
+    if row.wide_share < wide:
+        share = f"{row.wide_share:.0%} of the bytes by accesses of 16 bytes a lane, expected {wide:.0%}"
+        broken.append(f"moves {share}: {row.narrow} accesses are narrower")
     return broken + row.advisories
 
 
@@ -321,9 +322,11 @@ def report(
     save: Path | None = None,
 ) -> list[Row]:
     """Compile each variant for each target, each in a forked process; rows in the order of the arguments."""
-    # forked, a worker has torch, Triton and the operators loaded, and any closure can be a variant; nothing here has
-    # started threads of the compiler's yet. Hashing Triton's files takes a second, so it is done once, before.
-    getattr(triton.runtime.cache, "triton_key", lambda: None)()
+    # forked, a worker has torch, Triton and the operators loaded, and any closure can be a variant. Nothing was
+    # compiled here, so the compiler has no threads yet. What each worker would load or compute again is done before:
+    # the hash of Triton's files, and sympy, which the first `torch.autograd.grad` imports.
+    triton_key()
+    importlib.import_module("torch.fx.experimental.symbolic_shapes")
     context = multiprocessing.get_context("fork")
     jobs = [(variant, target) for variant in variants for target in targets]
     waiting = list(enumerate(jobs))[::-1]

@@ -33,13 +33,13 @@ class Variant:
 
     tensor_core: the kernels with a `tl.dot` must use tensor cores: "native", the target's own instruction (wgmma on
     sm_90, tcgen05 on sm_100), or "any", also mma.sync there, right for tiles too small for the native one.
-    wide: every access to global memory must be of 16 bytes a lane.
+    wide: the least share of the bytes to and from global memory that must move 16 bytes a lane or more.
     """
 
     name: str
     run: Call
     tensor_core: Literal[False, "native", "any"] = False
-    wide: bool = False
+    wide: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -110,14 +110,14 @@ def wrong():
     raise ValueError("no such tile")
 
 
-good = [Variant("good", product(128, 128, 64, 8), tensor_core="native"), Variant("copy", copy(1), wide=True)]
+good = [Variant("good", product(128, 128, 64, 8), tensor_core="native"), Variant("copy", copy(1), wide=1)]
 bad = [
     Variant("spills", product(256, 256, 32, 4), tensor_core="native"),
     Variant("shared", product(128, 256, 64, 8, num_stages=6), tensor_core="native"),
     Variant("small-any", product(16, 16, 16, 1), tensor_core="any"),
     Variant("small-native", product(16, 16, 16, 1), tensor_core="native"),
     Variant("no-product", copy(1), tensor_core="any"),
-    Variant("narrow", copy(3), wide=True),
+    Variant("narrow", copy(3), wide=1),
 ]
 lost = [Variant("aborts", os.abort), Variant("raises", wrong), Variant("nothing", lambda: None)]
 every = list(TARGETS.values())
@@ -186,11 +186,12 @@ def test_a_missing_tensor_core_instruction_is_broken(examples):
     assert broken(examples, "small-native", "sm_80") == ""
 
 
-def test_narrow_accesses_are_broken_where_none_are_expected(examples):
+def test_narrow_accesses_are_broken_where_wide_ones_are_expected(examples):
     row = examples[0]["narrow", "sm_90"]
     # loads of 4 bytes, stores of 16: half the bytes
     assert row["wide_share"] == pytest.approx(0.5)
-    assert f"has {row['narrow']} accesses of less than 16 bytes a lane" in row["broken"][0]
+    assert "moves 50% of the bytes by accesses of 16 bytes a lane, expected 100%" in row["broken"][0]
+    assert f"{row['narrow']} accesses are narrower" in row["broken"][0]
 
 
 def test_a_lost_compilation_is_a_row(examples):
