@@ -36,14 +36,28 @@ def loaded():
 def expected():
     """The model as transformers reads, dequantizes and renames it.
 
-    What its from_pretrained(gguf_file=...) does, which also wants the package accelerate.
+    That is what its from_pretrained(gguf_file=...) does, which also wants the package accelerate; and the configuration
+    is the published one.
     """
     import transformers
+    from transformers.initialization import no_init_weights
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    config = transformers.AutoConfig.from_pretrained(FILE.parent, gguf_file=FILE.name)
-    config._attn_implementation = "eager"
-    model = transformers.LlamaForCausalLM(config).eval()
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    with no_init_weights():
+        model = transformers.LlamaForCausalLM(config).eval()
     tensors = load_gguf_checkpoint(str(FILE), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])  # tied
