@@ -21,8 +21,8 @@ narrow     how many instructions move less than 16 bytes a lane. One a temperatu
 tensor     the tensor-core instruction found.
 
 Broken rules, which make the exit status 1: a spill, or a stack; more shared memory, or threads a block, than the
-target has; no tensor-core instruction, or a lower share of wide accesses, where the case expects it; an advisory of ptxas, such
-as C7510 and C7515 about serialised wgmma; a compilation that failed, crashed or ran out of time.
+target has; no tensor-core instruction, or a lower share of wide accesses, where the case expects it; an advisory of
+ptxas, such as C7510 and C7515 about serialised wgmma; a compilation that failed, crashed or ran out of time.
 """
 
 from __future__ import annotations
