@@ -40,7 +40,6 @@ def expected():
     is the published one.
     """
     import transformers
-    from transformers.initialization import no_init_weights
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = transformers.LlamaConfig(
@@ -56,8 +55,7 @@ def expected():
         tie_word_embeddings=True,
         attn_implementation="eager",
     )
-    with no_init_weights():
-        model = transformers.LlamaForCausalLM(config).eval()
+    model = transformers.LlamaForCausalLM(config).eval()
     tensors = load_gguf_checkpoint(str(FILE), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])  # tied
