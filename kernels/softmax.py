@@ -50,8 +50,9 @@ def edge_tile(shift, n_cols, VEC: tl.constexpr, EDGE: tl.constexpr):
     e = tl.arange(0, EDGE)[None, :]
     last = (shift + n_cols) // VEC * VEC
     p = tl.where(e < VEC, e, last + e - VEC)
-    partial = tl.where(e < VEC, (shift > 0) | (n_cols < VEC), (e < 2 * VEC) & (last > 0))
-    return p, partial & (p >= shift) & (p < shift + n_cols)
+    in_first = (e < VEC) & ((shift > 0) | (shift + n_cols < VEC))
+    in_last = (e >= VEC) & (e < 2 * VEC) & (last > 0)
+    return p, (in_first | in_last) & (p >= shift) & (p < shift + n_cols)
 
 
 @triton.jit
