@@ -85,8 +85,9 @@ COMPILE = [
     Variant("softmax-bf16-50257", passes(512, 50_257, bf16), wide=0.75),
     Variant("softmax-bf16-131072", passes(64, 131_072, bf16), wide=1),
     Variant("softmax-fp16-to-fp32-one-row-50257", passes(1, 50_257, half, out=fp32), wide=0.75),
-    Variant("softmax-bf16-greedy-16384", passes(512, 16_384, bf16, temperature=0.0), wide=1),
+    Variant("softmax-bf16-greedy-16384", passes(512, 16_384, bf16, temperature=0.0), wide=0.75),
     Variant("softmax-fp32-per-row-8192", passes(512, 8_192, fp32, temperature="per row"), wide=0.75),
+    Variant("softmax-bf16-per-row-8191", passes(512, 8_191, bf16, temperature="per row"), wide=0.75),
     Variant("softmax-bf16-per-row-16383", passes(512, 16_383, bf16, temperature="per row"), wide=0.75),
     Variant("softmax-bf16-per-row-50257", passes(64, 50_257, bf16, temperature="per row"), wide=0.75),
     Variant("softmax-bf16-by-column-128", passes(4_096, 128, bf16, dim=0), wide=1),
@@ -103,6 +104,6 @@ COMPILE = [
         wide=0.75,
     ),
     Variant("softmax-fp64-4096", passes(512, 4_096, fp64), wide=1),
-    Variant("softmax-fp64-16384", passes(64, 16_384, fp64), wide=1),
+    Variant("softmax-fp64-8192", passes(64, 8_192, fp64), wide=1),
     Variant("softmax-fp64-per-row-50257", passes(64, 50_257, fp64, temperature="per row"), wide=0.75),
 ]

@@ -82,15 +82,29 @@ def inverse(t, numerator: tl.constexpr):
 
 
 @triton.jit
-def accumulate(x, column, m, l, first, scale, GREEDY: tl.constexpr):
-    """Take a tile into the running maximum m, sum l and column `first` of the first maximum (-1: a NaN), each (R,)."""
-    if GREEDY:  # before the exponentials, which would be held during the search
-        peak = tl.maximum(m, tl.max(x, 1))
-        here = tl.where((x == peak[:, None]) & (x > float("-inf")), column, NO_COLUMN)
-        here = tl.min(tl.where(x != x, -1, here), 1)
-        first = tl.where((peak > m) & (first >= 0), here, tl.minimum(first, here))
+def accumulate(x, m, l, scale):
+    """Take a tile into the running maximum m and sum l of its rows, each (R,)."""
     _, m, l, _ = online_softmax_step(x, m, l, scale)
-    return m, l, first
+    return m, l
+
+
+@triton.jit
+def first_maximum(
+    x_ptr, offset, x_col, in_rows, n_cols, length, m, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr
+):
+    """Column (ROWS,) of the first entry that equals the row's maximum m, -1 if the row holds a NaN.
+
+    Reads the rows again, in small tiles: few rows need it, and all would pay for the registers of a search in passing.
+    """
+    SEARCH: tl.constexpr = COLS // 8 if COLS > 128 else 16
+    first = tl.full((ROWS,), NO_COLUMN, tl.int32)
+    for start in range(0, n_cols, SEARCH):
+        c = start + tl.arange(0, SEARCH)[None, :]
+        mask = in_rows[:, None] & (c < length)
+        x = tl.load(x_ptr + offset[:, None] + c.to(tl.int64) * x_col, mask=mask, other=float("-inf")).to(ACC)
+        found = tl.where((x == m[:, None]) & (x > float("-inf")), c, NO_COLUMN)
+        first = tl.minimum(first, tl.min(tl.where(x != x, -1, found), 1))
+    return first
 
 
 @triton.jit
@@ -125,48 +139,50 @@ def softmax_forward_kernel(
     in_rows = rows < n_rows
     t = row_temperature(t_ptr, outer, rows, in_rows, outer_shape, t_strides, ACC, PER_ROW)
     scale = inverse(tl.where(t == 0, 1.0, t), LOG2E)
-    in_rows = in_rows[:, None]
-    x_row, shift = align(row_offset(outer, rows, outer_shape, x_strides), VEC)
+    x_offset = row_offset(outer, rows, outer_shape, x_strides)
+    x_row, shift = align(x_offset, VEC)
     y_row, _ = align(row_offset(outer, rows, outer_shape, y_strides), VEC)
     x_col, y_col = x_strides[len(x_strides) - 1], y_strides[len(y_strides) - 1]
 
     m = tl.full((ROWS,), float("-inf"), ACC)
     l = tl.zeros((ROWS,), ACC)
-    first = tl.full((ROWS,), NO_COLUMN, tl.int32)
-    if EDGE:
-        e, in_edge = edge_tile(shift, n_cols, VEC, EDGE)
-        c_edge = e - shift
-        in_edge = in_edge & in_rows
-        x_edge = load(x_ptr, x_row + e, in_edge & (c_edge < length), True, float("-inf"), ACC, False)
-        m, l, first = accumulate(x_edge, c_edge, m, l, first, scale, GREEDY)
-
     tile = tl.arange(0, COLS)[None, :]
     if not FITS:
         stop = tl.max(length + shift) if CAUSAL else n_cols + VEC - 1
         for start in range(COLS, stop, COLS):
             p = start + tile
-            mask = in_rows & main_mask(p, shift, n_cols, length, VEC)
+            mask = in_rows[:, None] & main_mask(p, shift, n_cols, length, VEC)
             x = load(x_ptr, x_row + p.to(tl.int64) * x_col, mask, p - shift < length, float("-inf"), ACC, CAUSAL)
-            m, l, first = accumulate(x, p - shift, m, l, first, scale, GREEDY)
-    # the first tile last: it is still in registers when the statistics are complete
-    c = tile - shift
-    mask = in_rows & main_mask(tile, shift, n_cols, length, VEC)
-    x = load(x_ptr, x_row + tile.to(tl.int64) * x_col, mask, c < length, float("-inf"), ACC, CAUSAL)
-    m, l, first = accumulate(x, c, m, l, first, scale, GREEDY)
-    y = normalise(x, c, m, l, first, scale, t, GREEDY, LOG)
-    mask = in_rows & main_mask(tile, shift, n_cols, n_cols, VEC)
+            m, l = accumulate(x, m, l, scale)
+    # the edges and the first tile last: they are still in registers when the statistics are complete
+    if EDGE:
+        e, in_edge = edge_tile(shift, n_cols, VEC, EDGE)
+        in_edge = in_edge & in_rows[:, None]
+        x_edge = load(x_ptr, x_row + e, in_edge & (e - shift < length), True, float("-inf"), ACC, False)
+        m, l = accumulate(x_edge, m, l, scale)
+    mask = in_rows[:, None] & main_mask(tile, shift, n_cols, length, VEC)
+    seen = tile - shift < length
+    x = load(x_ptr, x_row + tile.to(tl.int64) * x_col, mask, seen, float("-inf"), ACC, CAUSAL)
+    m, l = accumulate(x, m, l, scale)
+
+    first = tl.full((ROWS,), NO_COLUMN, tl.int32)
+    if GREEDY:
+        if tl.min(t) == 0:
+            first = first_maximum(x_ptr, x_offset, x_col, in_rows, n_cols, length, m, ROWS, COLS, ACC)
+    if EDGE:
+        y = normalise(x_edge, e - shift, m, l, first, scale, t, GREEDY, LOG)
+        tl.store(y_ptr + y_row + e, y, mask=in_edge)
+    y = normalise(x, tile - shift, m, l, first, scale, t, GREEDY, LOG)
+    mask = in_rows[:, None] & main_mask(tile, shift, n_cols, n_cols, VEC)
     tl.store(y_ptr + y_row + tile.to(tl.int64) * y_col, y, mask=mask)
     if not FITS:
         for start in range(COLS, n_cols + VEC - 1, COLS):
             p = start + tile
-            mask = in_rows & main_mask(p, shift, n_cols, length, VEC)
+            mask = in_rows[:, None] & main_mask(p, shift, n_cols, length, VEC)
             x = load(x_ptr, x_row + p.to(tl.int64) * x_col, mask, p - shift < length, float("-inf"), ACC, CAUSAL)
             y = normalise(x, p - shift, m, l, first, scale, t, GREEDY, LOG)
-            mask = in_rows & main_mask(p, shift, n_cols, n_cols, VEC)
+            mask = in_rows[:, None] & main_mask(p, shift, n_cols, n_cols, VEC)
             tl.store(y_ptr + y_row + p.to(tl.int64) * y_col, y, mask=mask)
-    if EDGE:
-        y_edge = normalise(x_edge, c_edge, m, l, first, scale, t, GREEDY, LOG)
-        tl.store(y_ptr + y_row + e, y_edge, mask=in_edge)
 
 
 @triton.jit
@@ -219,13 +235,6 @@ def softmax_backward_kernel(
     dx_col = dx_strides[len(dx_strides) - 1]
 
     total = tl.zeros((ROWS,), ACC)
-    if EDGE:
-        e, in_edge = edge_tile(shift, n_cols, VEC, EDGE)
-        in_edge = in_edge & in_rows[:, None]
-        seen_edge = in_edge & (e - shift < length)
-        y_edge, dy_edge = load_y_dy(y_ptr, dy_ptr, y_row + e, dy_row + e, seen_edge, True, ACC, False, LOG)
-        total += tl.sum(dy_edge if LOG else y_edge * dy_edge, 1)
-
     tile = tl.arange(0, COLS)[None, :]
     if not FITS:
         stop = tl.max(length + shift) if CAUSAL else n_cols + VEC - 1
@@ -235,13 +244,25 @@ def softmax_backward_kernel(
             seen = start + tile - shift < length
             y, dy = load_y_dy(y_ptr, dy_ptr, y_row + p * y_col, dy_row + p * dy_col, mask, seen, ACC, CAUSAL, LOG)
             total += tl.sum(dy if LOG else y * dy, 1)
+    if EDGE:
+        e, in_edge = edge_tile(shift, n_cols, VEC, EDGE)
+        in_edge = in_edge & in_rows[:, None]
+        seen_edge = in_edge & (e - shift < length)
+        y_edge, dy_edge = load_y_dy(y_ptr, dy_ptr, y_row + e, dy_row + e, seen_edge, True, ACC, False, LOG)
+        total += tl.sum(dy_edge if LOG else y_edge * dy_edge, 1)
     p = tile.to(tl.int64)
     mask = in_rows[:, None] & main_mask(tile, shift, n_cols, length, VEC)
     seen = tile - shift < length
     y, dy = load_y_dy(y_ptr, dy_ptr, y_row + p * y_col, dy_row + p * dy_col, mask, seen, ACC, CAUSAL, LOG)
     total += tl.sum(dy if LOG else y * dy, 1)
-    g = gradient(y, dy, total[:, None], LOG) * inverse_t[:, None]
+
     weighed = tl.zeros((ROWS,), ACC)
+    if EDGE:
+        g = gradient(y_edge, dy_edge, total[:, None], LOG) * inverse_t[:, None]
+        if PER_ROW:
+            weighed += weigh(g, y_edge, LOG)
+        tl.store(dx_ptr + dx_row + e, g, mask=in_edge)
+    g = gradient(y, dy, total[:, None], LOG) * inverse_t[:, None]
     if PER_ROW:
         weighed += weigh(g, y, LOG)
     mask = in_rows[:, None] & main_mask(tile, shift, n_cols, n_cols, VEC)
@@ -257,11 +278,6 @@ def softmax_backward_kernel(
                 weighed += weigh(g, y, LOG)
             mask = in_rows[:, None] & main_mask(start + tile, shift, n_cols, n_cols, VEC)
             tl.store(dx_ptr + dx_row + p * dx_col, g, mask=mask)
-    if EDGE:
-        g = gradient(y_edge, dy_edge, total[:, None], LOG) * inverse_t[:, None]
-        if PER_ROW:
-            weighed += weigh(g, y_edge, LOG)
-        tl.store(dx_ptr + dx_row + e, g, mask=in_edge)
     if PER_ROW:
         dt = row_offset(outer, rows, outer_shape, dt_strides)
         tl.store(dt_ptr + dt, -weighed, mask=in_rows)

@@ -122,7 +122,7 @@ def test_truncated_files(folder, tmp_path):
     file = tmp_path / "cut.gguf"
     write_gguf(file, make())
     file.write_bytes(file.read_bytes()[:-10])
-    assert_one_line(run("generate", "--model", file, "--prompt", "x"), str(file), "the file is cut off")
+    assert_one_line(run("generate", "--model", file, "--prompt", "x"), str(file), "cut off")
 
 
 def test_wrong_shape(folder, tmp_path):

@@ -563,7 +563,7 @@ def test_gguf_llama3_scaling_is_recognised_by_its_divisors(tmp_path, factor):
         ({"llama.feed_forward_length": 40}, r"ffn_.*.weight' has shape \(48, 32\), the configuration needs \(40, 32\)"),
         ({"llama.block_count": 3}, r"missing tensor 'blk.2.attn_q.weight' of shape \(32, 32\) \(and 8 more\)"),
         ({"llama.block_count": 1 << 31}, "2147483648 layers, but only 21 tensors"),
-        ({"general.alignment": 0}, "general.alignment = 0 is not a positive number"),
+        ({"general.alignment": 0}, "alignment: must be a non-zero power of two"),
         ({"llama.block_count": 1}, r"unexpected tensor 'blk.1.attn_norm.weight' of shape \(32,\) \(and 8 more\)"),
     ],
 )
@@ -585,13 +585,14 @@ def test_gguf_unknown_architecture_and_type(tmp_path):
     with pytest.raises(CheckpointError, match=r"a.gguf: tensor 'x' has type I32, supported are F32, F16, .*Q6_K"):
         load(tmp_path / "a.gguf")
     data = (tmp_path / "a.gguf").read_bytes()
-    (tmp_path / "b.gguf").write_bytes(data.replace(b"llama", b"mamba"))
+    write_gguf(tmp_path / "b.gguf", make())
+    (tmp_path / "b.gguf").write_bytes((tmp_path / "b.gguf").read_bytes().replace(b"llama", b"mamba"))
     with pytest.raises(CheckpointError, match=r"general.architecture = 'mamba' is not supported"):
         load(tmp_path / "b.gguf")
     at = data.index(b"\x01\0\0\0\0\0\0\0x") + 9 + 4 + 16  # name, count of dimensions, two dimensions
     assert struct.unpack_from("<I", data, at)[0] == GGML.I32
     (tmp_path / "c.gguf").write_bytes(data[:at] + struct.pack("<I", 999) + data[at + 4 :])
-    with pytest.raises(CheckpointError, match=r"tensor 'x' has the unknown type 999"):
+    with pytest.raises(CheckpointError, match=r"c.gguf: .*damaged.*999 is not a valid"):
         load(tmp_path / "c.gguf")
 
 
@@ -601,19 +602,17 @@ def test_gguf_cut_off_anywhere(tmp_path):
     file = tmp_path / "cut.gguf"
     for size in [0, 3, 4, 10, 30, 100, 300, 1000, 2000, len(data) // 2, len(data) - 32]:
         file.write_bytes(data[:size])
-        with pytest.raises(
-            CheckpointError, match=r"cut.gguf: (not a GGUF|the GGUF header is damaged|the file is cut off)"
-        ):
+        with pytest.raises(CheckpointError, match=rf"cut.gguf: not a GGUF file, damaged, or cut off \({size} bytes\)"):
             load(file)
 
 
 @pytest.mark.parametrize(
     ("at", "value", "message"),
     [
-        (4, struct.pack("<I", 1), "GGUF version 1 is not supported"),
-        (4, struct.pack(">I", 3), "GGUF version 50331648 is not supported"),
-        (16, struct.pack("<Q", 1 << 60), "the GGUF header is damaged"),
-        (24, struct.pack("<Q", 1 << 62), "the GGUF header is damaged"),
+        (4, struct.pack("<I", 1), "version 1 which we cannot handle"),
+        (4, struct.pack(">I", 3), "byte order|damaged"),
+        (16, struct.pack("<Q", 1 << 60), "damaged, or cut off"),
+        (24, struct.pack("<Q", 1 << 62), "damaged, or cut off"),
     ],
 )
 def test_gguf_damaged_header(tmp_path, at, value, message):

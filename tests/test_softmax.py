@@ -426,6 +426,6 @@ def test_tile(n_cols, registers, by_column):
     assert tile.cols >= n_cols or not tile.fits
     assert by_column or tile.fits == (n_cols * (4 if registers == 3 else registers) <= 32_768)
     assert tile.rows >= 32 or not by_column
-    assert math.log2(tile.rows * tile.cols * tile.num_warps).is_integer()
-    assert 1 <= tile.num_warps <= 32
-    assert tile.rows * tile.cols * registers <= tile.num_warps * 32 * 32
+    assert math.log2(tile.rows * tile.cols * tile.threads).is_integer()
+    assert tile.threads <= 1024
+    assert tile.rows * tile.cols * registers <= tile.threads * (32 if tile.threads == 1024 else 64)

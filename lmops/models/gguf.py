@@ -1,19 +1,16 @@
-"""Checkpoints in llama.cpp's GGUF format.
+"""Checkpoints in llama.cpp's GGUF format, read with the `gguf` package.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3. The header is read here, because
-`gguf.GGUFReader` makes several numpy arrays for each entry of the vocabulary (1.6 s and 120 MB for 49,152 tokens);
-block types and their dequantization come from the `gguf` package.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,109 +24,36 @@ SUPPORTED_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
 )  # fmt: skip
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
 _CHUNK = 1 << 18  # elements dequantized at a time, a multiple of every block: numpy's temporaries stay in the cache
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor of a GGUF file: its shape in torch's order, type and place."""
-
-    name: str
-    shape: tuple[int, ...]
-    type_id: int
-    offset: int  # bytes from the start of the file
-
-
 class GGUFFile:
-    """The header of a GGUF file: `metadata` (key to value) and `tensors`.
+    """What the header of a GGUF file says: `metadata` (key to value), and the tensors, not read yet.
 
-    Raises CheckpointError where the file is not GGUF, is damaged or ends too early.
+    Raises CheckpointError where the file is not GGUF, is damaged or ends too early, or has a tensor of a type that is
+    not supported.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.metadata: dict[str, Any] = {}
-        with self.path.open("rb") as file:
-            try:
-                self._read_header(file)
-            except (struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
-                size = self.path.stat().st_size
-                raise CheckpointError(
-                    f"{self.path}: the GGUF header is damaged, or the file ({size} bytes) ends in it"
-                ) from error
-
-    def _read_header(self, file: BinaryIO) -> None:
-        magic = file.read(4)
-        if magic != b"GGUF":
-            raise CheckpointError(f"{self.path}: not a GGUF file: it starts with {magic!r}, not b'GGUF'")
-        version = _scalar(file, "<I")
-        if version not in (2, 3):
-            raise CheckpointError(f"{self.path}: GGUF version {version} is not supported (little-endian 2 and 3 are)")
-        n_tensors, n_metadata = _scalar(file, "<Q"), _scalar(file, "<Q")
-        for _ in range(n_metadata):
-            key = _string(file)
-            self.metadata[key] = self._value(file, _scalar(file, "<I"))
-        infos = [self._tensor_info(file) for _ in range(n_tensors)]
-        alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise CheckpointError(f"{self.path}: general.alignment = {alignment!r} is not a positive number")
-        data_start = -(-file.tell() // alignment) * alignment
-        self.tensors = [TensorInfo(name, shape, kind, data_start + offset) for name, shape, kind, offset in infos]
-
-    def _value(self, file: BinaryIO, kind: int) -> Any:
-        if kind in _SCALARS:
-            return _scalar(file, _SCALARS[kind])
-        if kind == _STRING:
-            return _string(file)
-        if kind != _ARRAY:
-            raise CheckpointError(f"{self.path}: the GGUF header is damaged: metadata type {kind} at {file.tell()}")
-        item, count = _scalar(file, "<I"), _scalar(file, "<Q")
-        if item in _SCALARS:
-            layout = struct.Struct(f"<{count}{_SCALARS[item][1]}")
-            return list(layout.unpack(file.read(layout.size)))
-        return [self._value(file, item) for _ in range(count)]
-
-    def _tensor_info(self, file: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
-        name = _string(file)
-        n_dims = _scalar(file, "<I")
-        dims = struct.unpack(f"<{n_dims}Q", file.read(8 * n_dims))
-        return name, dims[::-1], _scalar(file, "<I"), _scalar(file, "<Q")  # the file lists the fastest dimension first
-
-    def stored_tensors(self) -> list[StoredTensor]:
-        """The tensors, to be read and dequantized to float32 (F16 and BF16 stay as they are) one at a time.
-
-        Raises CheckpointError for a tensor type that is not supported and for a file that ends before its data does.
-        """
-        readers = [_Reader(self.path, info, self._kind(info)) for info in self.tensors]
-        found = self.path.stat().st_size
-        for reader in readers:
-            end = reader.info.offset + reader.n_bytes
-            if found < end:
-                raise CheckpointError(
-                    f"{self.path}: the file is cut off: {found} bytes, and tensor {reader.info.name!r} ends at {end}"
-                )
-        return [StoredTensor(r.info.name, r.info.shape, r.dtype, r, self.path) for r in readers]
-
-    def _kind(self, info: TensorInfo) -> Any:
-        """The type of a tensor, a gguf.GGMLQuantizationType."""
         gguf = require("gguf", "models")
-        try:
-            kind = gguf.GGMLQuantizationType(info.type_id)
-        except ValueError:
-            raise CheckpointError(f"{self.path}: tensor {info.name!r} has the unknown type {info.type_id}") from None
+        with naming(self.path, f"not a GGUF file, damaged, or cut off ({self.path.stat().st_size} bytes)"):
+            reader = gguf.GGUFReader(self.path)
+            if reader.byte_order != "I":
+                raise CheckpointError(f"{self.path}: its byte order is not this machine's")
+            self.metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
+        # only numbers are kept: the reader maps the file, and mapped pages count towards the process
+        self.tensors = [self._stored(tensor) for tensor in reader.tensors]
+
+    def _stored(self, tensor: Any) -> StoredTensor:
+        kind = tensor.tensor_type
         if kind.name not in SUPPORTED_TYPES:
             raise CheckpointError(
-                f"{self.path}: tensor {info.name!r} has type {kind.name}, supported are {', '.join(SUPPORTED_TYPES)}"
+                f"{self.path}: tensor {tensor.name!r} has type {kind.name}, supported are {', '.join(SUPPORTED_TYPES)}"
             )
-        block = gguf.GGML_QUANT_SIZES[kind][0]
-        if info.shape and info.shape[-1] % block:
-            raise CheckpointError(
-                f"{self.path}: tensor {info.name!r} of type {kind.name} has rows of {info.shape[-1]}, "
-                f"not a multiple of {block}"
-            )
-        return kind
+        shape = tuple(int(size) for size in reversed(tensor.shape))  # the file lists the fastest dimension first
+        read = _Reader(self.path, shape, kind, int(tensor.data_offset), int(tensor.n_bytes))
+        return StoredTensor(tensor.name, shape, read.dtype, read, self.path)
 
 
 _PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -137,46 +61,31 @@ _PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads one tensor. A plain read, not a mapping: the pages of a mapped file count towards the process."""
+    """Reads one tensor, dequantized to float32 (F16 and BF16 stay as they are)."""
 
     path: Path
-    info: TensorInfo
-    kind: Any
+    shape: tuple[int, ...]
+    kind: Any  # a gguf.GGMLQuantizationType
+    offset: int
+    n_bytes: int
 
     @property
     def dtype(self) -> torch.dtype:
         return _PLAIN_TYPES.get(self.kind.name, torch.float32)
 
-    @property
-    def n_bytes(self) -> int:
-        block, block_bytes = require("gguf", "models").GGML_QUANT_SIZES[self.kind]
-        return math.prod(self.info.shape) // block * block_bytes
-
     def __call__(self) -> Tensor:
         gguf = require("gguf", "models")
-        raw = np.fromfile(self.path, dtype=np.uint8, count=self.n_bytes, offset=self.info.offset)
+        raw = np.fromfile(self.path, dtype=np.uint8, count=self.n_bytes, offset=self.offset)
         if self.kind.name in _PLAIN_TYPES:
-            return torch.from_numpy(raw).view(self.dtype).view(self.info.shape)
+            return torch.from_numpy(raw).view(self.dtype).view(self.shape)
         block, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
-        out = torch.empty(math.prod(self.info.shape))
+        out = torch.empty(math.prod(self.shape))
         for start in range(0, len(out), _CHUNK):
             part = out[start : start + _CHUNK]
             blocks = raw[start // block * block_bytes :][: len(part) // block * block_bytes]
             # as one row: the package works on 16 rows at a time, which for many short ones is slow
             part.copy_(torch.from_numpy(gguf.quants.dequantize(blocks[None], self.kind)[0]))
-        return out.view(self.info.shape)
-
-
-def _scalar(file: BinaryIO, layout: str) -> Any:
-    return struct.unpack(layout, file.read(struct.calcsize(layout)))[0]
-
-
-def _string(file: BinaryIO) -> str:
-    length = _scalar(file, "<Q")
-    data = file.read(length)
-    if len(data) < length:
-        raise struct.error("the file ends in a string")
-    return data.decode("utf-8")
+        return out.view(self.shape)
 
 
 # ---- architectures ------------------------------------------------------------------------------------------------
@@ -328,7 +237,7 @@ def _llama3_scaling(data: _Metadata, file: GGUFFile, head_dim: int) -> RopeScali
 
     GGUF keeps the divisors and not what they were computed from.
     """
-    stored = next(tensor for tensor in file.stored_tensors() if tensor.name == "rope_freqs.weight").read().double()
+    stored = next(tensor for tensor in file.tensors if tensor.name == "rope_freqs.weight").read().double()
     frequencies = data.get("rope.freq_base", 10000.0) ** (-torch.arange(0, head_dim, 2).double() / head_dim)
     for factor in (8.0, 32.0):
         scaling = RopeScaling("llama3", factor, original_context_length=8192)
@@ -342,13 +251,13 @@ def _llama3_scaling(data: _Metadata, file: GGUFFile, head_dim: int) -> RopeScali
 
 
 def _has(file: GGUFFile, name: str) -> bool:
-    return any(info.name == name for info in file.tensors)
+    return any(tensor.name == name for tensor in file.tensors)
 
 
 def _shape(file: GGUFFile, name: str) -> tuple[int, ...]:
-    for info in file.tensors:
-        if info.name == name:
-            return info.shape
+    for tensor in file.tensors:
+        if tensor.name == name:
+            return tensor.shape
     raise CheckpointError(f"{file.path}: missing tensor {name!r}")
 
 
@@ -380,5 +289,5 @@ def read_gguf(file: GGUFFile) -> tuple[GPTConfig, list[StoredTensor], NameTable]
     unknown = sorted(data.values.keys() - data.used)
     if unknown:
         warnings.warn(f"{file.path}: these keys are unknown and have no effect: {', '.join(unknown)}", stacklevel=4)
-    stored = [tensor for tensor in file.stored_tensors() if tensor.name not in _WEIGHTLESS]
+    stored = [tensor for tensor in file.tensors if tensor.name not in _WEIGHTLESS]
     return config, stored, table

@@ -63,3 +63,10 @@ def define_op(
     torch.library.register_fake(f"lmops::{name}", fake, lib=_library)
     OPERATORS[name] = Operator(name, triton, torch_cpu, cpu_uses_triton)
     return getattr(torch.ops.lmops, name).default
+
+
+def warp_size() -> int:
+    """Threads of a warp on the GPU that Triton compiles for: 32, on AMD's CDNA 64. In its interpreter 32."""
+    import triton
+
+    return 32 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lmops.ops._register import define_op
+from lmops.ops._register import define_op, warp_size
 from lmops.ops._strides import aligned_alike, row_layout
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -20,18 +20,20 @@ NEG_INF = float("-inf")
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program takes at a time, rows x cols; whether that is all the columns; and its warps."""
+    """What a program takes at a time, rows x cols; whether that is all the columns; and its threads."""
 
     rows: int
     cols: int
     fits: bool
-    num_warps: int
+    threads: int
 
 
 def softmax_tile(n_cols: int, n_rows: int, registers: int, by_column: bool = False) -> Tile:
     """The tile for n_rows rows of n_cols columns, each of which takes `registers` of 4 bytes while it is held.
 
-    A row fits up to 32,768 registers: 1,024 threads then hold 32 each of the 64 they can have, and nothing spills.
+    A row fits up to 32,768 registers: 1,024 threads then hold 32 of their 64 each. A thread takes 16 columns
+    (8 in float64 with much to hold): for types of 2 bytes two accesses of 16. Chosen with
+    `python -m benchmarks.compile_report`: at these tiles nothing spills on the targets it knows.
     by_column: the rows, not the columns, are neighbours in memory, so a tile is at least 32 rows wide.
     """
     cols, rows = max(16, _next_power_of_2(n_cols)), _next_power_of_2(n_rows)
@@ -39,7 +41,7 @@ def softmax_tile(n_cols: int, n_rows: int, registers: int, by_column: bool = Fal
     rows = min(rows, 64 if cols <= 256 else 32) if by_column else min(rows, max(1, 2_048 // cols))
     fits = rows * cols * registers <= 32_768
     cols = cols if fits else max(16, 8_192 // (rows * registers))
-    return Tile(rows, cols, fits, num_warps=min(32, max(1, rows * cols * registers // 512)))
+    return Tile(rows, cols, fits, threads=min(1_024, rows * cols // (8 if registers >= 8 else 16)))
 
 
 def _next_power_of_2(n: int) -> int:
@@ -53,8 +55,9 @@ def _launch(kernel: Any, full: Sequence[Tensor], per_row: Sequence[Tensor], temp
     n_cols = full[0].shape[-1]
     layout = row_layout(full, per_row, keep_last=flags["CAUSAL"])
     strides = layout.strides[0]
-    # a value a tensor that is read, one for the search of the first maximum or the temperature's gradient
-    registers = sum(max(1, t.element_size() // 4) for t in full[:-1]) + (bool(per_row) or flags.get("GREEDY", False))
+    # a value a tensor that is read, and one for the first maximum's search or the temperature's gradient; float64
+    # takes pairs, and as much again to compute with
+    registers = sum(4 if t.element_size() == 8 else 1 for t in full[:-1]) + (bool(per_row) or temperature == 0)
     tile = softmax_tile(n_cols, layout.n_rows, registers, by_column=strides[-2] == 1 and strides[-1] > 1)
 
     vec = 16 // min(t.element_size() for t in full)
@@ -62,7 +65,8 @@ def _launch(kernel: Any, full: Sequence[Tensor], per_row: Sequence[Tensor], temp
     # short rows are not worth the edges that 16-byte accesses need where rows are not whole multiples of 16 bytes
     if not (aligned_alike(full, layout, vec) and (whole or n_cols >= 256)):
         vec, whole = 1, True
-    edge = 0 if whole else max(2 * vec, 32 * tile.num_warps // tile.rows)
+    num_warps = max(1, tile.threads // warp_size())
+    edge = 0 if whole else max(2 * vec, num_warps * warp_size() // tile.rows)
 
     # without temperatures a row the kernels still take the arguments, and look at none of them
     n_per_row = len(full) - 1
@@ -71,7 +75,7 @@ def _launch(kernel: Any, full: Sequence[Tensor], per_row: Sequence[Tensor], temp
     kernel[(layout.n_outer * -(-layout.n_rows // tile.rows),)](
         *full, *pointers, layout.outer_shape, layout.n_rows, n_cols, *layout.strides[: len(full)], *row_strides,
         ROWS=tile.rows, COLS=tile.cols, VEC=vec, EDGE=edge, FITS=tile.fits, PER_ROW=bool(per_row),
-        ACC=tl.float64 if full[0].dtype == torch.float64 else tl.float32, num_warps=tile.num_warps, **flags,
+        ACC=tl.float64 if full[0].dtype == torch.float64 else tl.float32, num_warps=num_warps, **flags,
     )  # fmt: skip
 
 
@@ -119,33 +123,38 @@ def _backward_fake(
 def _forward_cpu(
     x: Tensor, temperatures: Tensor | None, temperature: float, log: bool, causal: bool, dtype: torch.dtype
 ) -> Tensor:
-    out = torch.empty_like(x, dtype=dtype)
     if x.numel() == 0:
-        return out
-    z = x.to(torch.promote_types(x.dtype, torch.float32))
+        return torch.empty_like(x, dtype=dtype)
+    as_it_is = temperatures is None and temperature == 1 and not causal and x.dtype == dtype
+    z = x if as_it_is else x.to(torch.promote_types(x.dtype, torch.float32))
     if causal:
         z = z.masked_fill(torch.ones_like(z, dtype=torch.bool).triu(1 + z.shape[-1] - z.shape[-2]), NEG_INF)
-    softmax = torch.log_softmax if log else torch.softmax
-    if temperatures is not None:
-        t = _check_values(temperatures).to(z.dtype).unsqueeze(-1)
-        greedy = t == 0
-        y = softmax(_from_peak(z) / t.masked_fill(greedy, 1), -1)
-        if greedy.any():
-            y = torch.where(greedy, _one_hot(z, log), y)
-    elif temperature == 0:
-        y = _one_hot(z, log)
-    else:
-        y = softmax(z if temperature == 1 else _from_peak(z) / temperature, -1)
-    empty = y[..., :1].isnan()
-    if empty.any():
-        y.masked_fill_(empty & (z == NEG_INF).all(-1, keepdim=True), NEG_INF if log else 0.0)
+    if temperatures is None and temperature == 0:
+        return _like(_one_hot(z, log), x, dtype)
+    t = temperature if temperatures is None else _check_values(temperatures).to(z.dtype).unsqueeze(-1)
+    y = (torch.log_softmax if log else torch.softmax)(z if as_it_is else z / t, -1)
+    # an overflow, a row of -inf, a temperature of 0 and a NaN show in all entries of their row
+    if y[..., 0].isnan().any():
+        y = _careful(z, t, log)
+    return _like(y, x, dtype)
+
+
+def _like(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """y in `dtype` and in the layout that the operators promise for their results: x's."""
+    out = torch.empty_like(x, dtype=dtype)
     return y if y.dtype == dtype and y.stride() == out.stride() else out.copy_(y)
 
 
-def _from_peak(z: Tensor) -> Tensor:
-    """Scores less their row's maximum, so that dividing them by a small temperature cannot overflow."""
+def _careful(z: Tensor, temperature: Tensor | float, log: bool) -> Tensor:
+    """Softmax of z / temperature with all its special cases."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    t = torch.as_tensor(temperature, dtype=z.dtype)
     peak = z.amax(-1, keepdim=True)
-    return z - peak.masked_fill(peak == NEG_INF, 0)
+    # the maximum goes first, so that no score overflows in the division
+    z_from_peak = (z - peak.masked_fill(peak == NEG_INF, 0)) / t.masked_fill(t == 0, 1)
+    y = torch.log_softmax(z_from_peak, -1) if log else torch.softmax(z_from_peak, -1)
+    y = torch.where(t == 0, _one_hot(z, log), y)
+    return y.masked_fill_(peak == NEG_INF, NEG_INF if log else 0.0)
 
 
 def _one_hot(z: Tensor, log: bool) -> Tensor:
@@ -157,22 +166,22 @@ def _one_hot(z: Tensor, log: bool) -> Tensor:
 def _backward_cpu(
     dy: Tensor, y: Tensor, temperatures: Tensor | None, temperature: float, log: bool, causal: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    dx, dt = _backward_fake(dy, y, temperatures, temperature, log, causal, dtype)
+    if y.numel() == 0:
+        return _backward_fake(dy, y, temperatures, temperature, log, causal, dtype)
+    backward = torch._log_softmax_backward_data if log else torch._softmax_backward_data
+    g = backward(dy, y, -1, y.dtype)
+    if (log and y.amin() == NEG_INF) or g[..., 0].isnan().any():  # what is masked takes no part, whatever its dy is
+        g = backward(dy.masked_fill(y == (NEG_INF if log else 0.0), 0), y, -1, y.dtype)
+    if temperatures is None:
+        if temperature != 1:
+            g = g.div_(temperature) if temperature else g.zero_()
+        return _like(g, y, dtype), y.new_empty(0)
     compute = torch.promote_types(y.dtype, torch.float32)
-    p = y.to(compute)
-    g = dy.to(compute).masked_fill(p == (NEG_INF if log else 0.0), 0)
-    if log:
-        g = g - p.exp() * g.sum(-1, keepdim=True)
-    else:
-        g = p * (g - (p * g).sum(-1, keepdim=True))
-    t = temperature if temperatures is None else temperatures.to(compute).unsqueeze(-1)
-    if isinstance(t, Tensor):
-        g = torch.where(t == 0, 0, g / t)
-        log_p = (p if log else p.log()).masked_fill(p == (NEG_INF if log else 0.0), 0)
-        dt.copy_(-(g * log_p).sum(-1))
-    else:
-        g = torch.zeros_like(g) if t == 0 else g / t
-    return dx.copy_(g), dt
+    t = temperatures.to(compute).unsqueeze(-1)
+    g = (g.to(compute) / t).masked_fill_(t == 0, 0)
+    log_p = y.to(compute) if log else y.to(compute).log()
+    dt = (g * log_p.masked_fill(log_p == NEG_INF, 0)).sum(-1).neg_()
+    return _like(g, y, dtype), dt.to(temperatures.dtype)
 
 
 def _check_values(temperatures: Tensor) -> Tensor:
