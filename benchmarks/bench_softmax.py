@@ -52,6 +52,7 @@ CAUSAL = Benchmark(
     both,
     sizes=(1_024, 4_096),
     small=512,
+    largest=8_192,
 )
 BENCHMARKS = [FORWARD, BACKWARD, CAUSAL]
 

@@ -53,6 +53,7 @@ class Benchmark:
     bytes_moved, operations: of the inputs: the fewest bytes to and from memory, and multiply-add work as 2 each.
     backward: the gradients of the floating-point inputs are computed, the forward is not timed.
     operator: the lmops operator whose implementation the table names. small: the size that pytest takes on a CPU.
+    largest: sizes above it are left out, because the inputs would not fit the memory.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Benchmark:
     eager: Callable[..., Tensor] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     backward: bool = False
+    largest: int | None = None
 
     def all_providers(self) -> dict[str, Callable[..., Tensor]]:
         """Ours and peers, and torch eager and compiled, which every benchmark has."""
@@ -317,10 +319,13 @@ def run(
     for benchmark in benchmarks:
         kind, why = OPERATORS[benchmark.operator].implementation(device.type)
         echo(f"\n{benchmark.name}: {OURS} runs its {kind} implementation ({why})")
+        chosen = [size for size in sizes or benchmark.sizes if size <= (benchmark.largest or size)]
+        if len(chosen) < len(sizes or benchmark.sizes):
+            echo(f"sizes above {benchmark.largest} are left out: their inputs would not fit the memory")
         rows = [
             result
             for dtype in dtypes or benchmark.dtypes
-            for size in sizes or benchmark.sizes
+            for size in chosen
             for result in measure(benchmark, size, dtype, device, peak=peak, with_compile=with_compile, seconds=seconds)
         ]
         echo(table(["size", "dtype", "provider", "ms", "[quartiles]", "GB/s", "peak", "x torch", ""], map(cells, rows)))

@@ -128,7 +128,8 @@ def _forward_cpu(
     as_it_is = temperatures is None and temperature == 1 and not causal and x.dtype == dtype
     z = x if as_it_is else x.to(torch.promote_types(x.dtype, torch.float32))
     if causal:
-        z = z.masked_fill(torch.ones_like(z, dtype=torch.bool).triu(1 + z.shape[-1] - z.shape[-2]), NEG_INF)
+        n_rows, n_cols = z.shape[-2:]
+        z = z.masked_fill(torch.ones(n_rows, n_cols, dtype=torch.bool).triu(1 + n_cols - n_rows), NEG_INF)
     if temperatures is None and temperature == 0:
         return _like(_one_hot(z, log), x, dtype)
     t = temperature if temperatures is None else _check_values(temperatures).to(z.dtype).unsqueeze(-1)
