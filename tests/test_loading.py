@@ -592,7 +592,7 @@ def test_gguf_unknown_architecture_and_type(tmp_path):
     at = data.index(b"\x01\0\0\0\0\0\0\0x") + 9 + 4 + 16  # name, count of dimensions, two dimensions
     assert struct.unpack_from("<I", data, at)[0] == GGML.I32
     (tmp_path / "c.gguf").write_bytes(data[:at] + struct.pack("<I", 999) + data[at + 4 :])
-    with pytest.raises(CheckpointError, match=r"c.gguf: .*damaged.*999 is not a valid"):
+    with pytest.raises(CheckpointError, match=r"c.gguf: .*damaged.*999.* is not a valid"):
         load(tmp_path / "c.gguf")
 
 
