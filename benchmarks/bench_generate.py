@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from lmops.engine.generation import generate
@@ -108,6 +109,25 @@ def load_model(path: str | None) -> GPT:
         torch.manual_seed(0)
         return GPT(GPTConfig.smollm2_135m()).eval()
     return load(path, dtype=torch.float32, load_tokenizer=False)[0]
+
+
+@pytest.mark.parametrize("engine", [Ours, Transformers], ids=lambda engine: engine.name)
+@pytest.mark.parametrize(("what", "prompt_tokens", "new_tokens"), [("prefill", 64, 1), ("decode", 8, 16)])
+def test_generate(benchmark, engine, what, prompt_tokens, new_tokens):
+    """`pytest benchmarks/`: both engines on a small random model."""
+    if engine is Transformers:
+        pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = GPTConfig(
+        vocab_size=4_096, context_length=128, n_layers=4, n_heads=6, n_kv_heads=2, d_model=192, d_ff=512, bias=False,
+        norm="rmsnorm", activation="silu", gated_mlp=True, positions="rope", tie_embeddings=True,
+    )  # fmt: skip
+    model = GPT(config).eval()
+    prompt = torch.randint(4_096, (prompt_tokens,)).tolist()
+    run = engine(model)
+    assert run([prompt], new_tokens) == Ours(model)([prompt], new_tokens)
+    benchmark.group = f"{what}, {prompt_tokens} + {new_tokens} tokens"
+    benchmark.pedantic(lambda: run([prompt], new_tokens), rounds=10, warmup_rounds=2)
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def case(benchmark: Benchmark, dtype: torch.dtype, provider: str):
     return test
 
 
-def pytest_collect_file(file_path, parent):
-    if file_path.name.startswith("bench_") and file_path.suffix == ".py":
-        return BenchmarkFile.from_parent(parent, path=file_path)
+def pytest_pycollect_makemodule(module_path, parent):
+    if module_path.name.startswith("bench_"):
+        return BenchmarkFile.from_parent(parent, path=module_path)
     return None

@@ -382,7 +382,7 @@ def test_any_view(path, shape, dim, order, step, temperature, dtype, log):
 
 
 @pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("n_cols", [256, 1000, 1003, 4096, 4099, 4104, 32_761, 32_768, 50_257, 131_072])
+@pytest.mark.parametrize("n_cols", [130, 256, 1000, 1003, 4096, 4099, 4104, 32_761, 32_768, 50_257, 131_072])
 def test_bytes_moved(launches, n_cols, log):
     """What bounds the speed on a GPU, counted in the compiled code: each byte once, 16 at a time."""
     rows = 8 if n_cols < 8192 else 2
@@ -403,7 +403,8 @@ def test_bytes_moved(launches, n_cols, log):
         for kind, tensors in (("ld", loaded), ("st", stored)):
             aligned = tensors * rows * -(-n_cols * 2 // 512)
             assert launch.c[f"global_{kind}_requests"] <= aligned + ends * tensors + 32
-            assert launch.c[f"global_{kind}_sectors"] * 32 / size <= tensors * (1 if n_cols % 16 == 0 else 1.1)
+            worst = 1 if n_cols % 16 == 0 else 1.1 if n_cols > 256 else 1.2
+            assert launch.c[f"global_{kind}_sectors"] * 32 / size <= tensors * worst
 
 
 def test_causal_skips_what_is_hidden(launches):

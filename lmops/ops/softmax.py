@@ -63,7 +63,7 @@ def _launch(kernel: Any, full: Sequence[Tensor], per_row: Sequence[Tensor], temp
     vec = 16 // min(t.element_size() for t in full)
     whole = n_cols % vec == 0 and all(s % vec == 0 for s in strides[:-1])
     # short rows are not worth the edges that 16-byte accesses need where rows are not whole multiples of 16 bytes
-    if not (aligned_alike(full, layout, vec) and (whole or n_cols >= 256)):
+    if not (aligned_alike(full, layout, vec) and (whole or n_cols >= 8 * vec)):
         vec, whole = 1, True
     num_warps = max(1, tile.threads // warp_size())
     edge = 0 if whole else max(2 * vec, num_warps * warp_size() // tile.rows)
