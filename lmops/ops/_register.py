@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -58,11 +59,22 @@ def define_op(
     name = schema.partition("(")[0]
     cpu_uses_triton = "1" in (os.environ.get("TRITON_INTERPRET"), os.environ.get("LMOPS_TRITON_ON_CPU"))
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, triton, "CUDA")
+    _library.impl(name, _on_its_device(triton), "CUDA")
     _library.impl(name, triton if cpu_uses_triton else torch_cpu, "CPU")
     torch.library.register_fake(f"lmops::{name}", fake, lib=_library)
     OPERATORS[name] = Operator(name, triton, torch_cpu, cpu_uses_triton)
     return getattr(torch.ops.lmops, name).default
+
+
+def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher with the first tensor's GPU as the current one, which is where Triton launches."""
+
+    @wraps(launcher)
+    def call(first: torch.Tensor, *rest: Any) -> Any:
+        with torch.cuda.device(first.device):
+            return launcher(first, *rest)
+
+    return call
 
 
 def warp_size() -> int:

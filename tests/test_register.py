@@ -1,0 +1,49 @@
+"""How operators are made: lmops/ops/_register.py."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lmops
+from lmops.ops import _register
+
+
+def test_a_launcher_runs_with_its_tensors_gpu_as_the_current_one(monkeypatch):
+    """Without a second GPU to try it on: what is entered around the launch."""
+    current = []
+
+    @contextmanager
+    def device(name):
+        current.append(name)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    seen = []
+    launcher = _register._on_its_device(lambda first, *rest: seen.append((list(current), rest)) or "result")
+    assert launcher(SimpleNamespace(device="cuda:1"), 2, 3) == "result"
+    assert seen == [(["cuda:1"], (2, 3))]
+    assert current == []
+
+
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta"])
+def test_every_operator_has_its_kernels(key):
+    assert _register.OPERATORS
+    for name in _register.OPERATORS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lmops::{name}", key)
+
+
+def test_every_operator_says_what_it_uses_and_why():
+    for operator in _register.OPERATORS.values():
+        assert operator.implementation("cuda") == ("triton", "tensors on a GPU")
+        assert operator.implementation("cpu") == ("torch", "tensors on the CPU")
+
+
+def test_the_schema_never_promises_aliases():
+    """Operators return new tensors: torch.compile may reorder and drop them."""
+    x = torch.randn(2, 3)
+    assert lmops.softmax(x).data_ptr() != x.data_ptr()
+    for name in _register.OPERATORS:
+        assert not getattr(torch.ops.lmops, name).default._schema.is_mutable
