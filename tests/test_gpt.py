@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmops.models.gpt import GPT, GPTConfig, KVCache, RopeScaling, rope_frequencies, rope_tables, sinusoids
+from lmops.models.gpt import GPT, GPTConfig, KVCache, Linear, RopeScaling, rope_frequencies, rope_tables, sinusoids
 
 SIZES = {"vocab_size": 61, "context_length": 48, "n_layers": 2, "n_heads": 4, "d_model": 32}
 LLAMA = {
@@ -656,3 +656,27 @@ def test_a_cache_without_meaning_is_refused():
         KVCache(config, 2, 4, padding=[1])
     with pytest.raises(ValueError, match=r"padding is \[-1, 0\]"):
         KVCache(config, 2, 4, padding=[-1, 0])
+
+
+# ---- the linear layer for few rows on a CPU -----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the batched product is for MKL builds of torch")
+@pytest.mark.parametrize("shape", [(1, 1), (3,), (2, 2), (16,), (17,), (0, 2), ()], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_linear_of_few_rows(shape, bias, threads, monkeypatch):
+    """The same result as torch's, by a product a thread for 1 to 16 rows, 101 outputs not being a multiple of any."""
+    calls = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(args) or bmm(*args))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    layer = Linear(33, 101, bias=bias)
+    x = torch.randn(*shape, 33)
+    with torch.no_grad():
+        actual = layer(x)
+    assert len(calls) == (threads > 1 and 0 < x.numel() // 33 <= 16)
+    torch.testing.assert_close(actual, F.linear(x, layer.weight, layer.bias).detach())
+    calls.clear()
+    assert layer(x).requires_grad
+    assert not calls

@@ -185,6 +185,30 @@ class KVCache:
 # ------------------------------------------------------------------------------------------------------------ model
 
 
+class Linear(nn.Linear):
+    """torch.nn.Linear that uses all CPU threads also for few rows, which is what decoding is.
+
+    MKL's product of one row runs on one thread, and with a few rows gains little from two, so more cores would read the
+    weights no faster. A batched product of the weight's blocks of rows, a block a thread, does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.numel() // self.in_features
+        if n > 16 or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        threads = torch.get_num_threads()
+        block = self.out_features // threads
+        if threads == 1 or not n or not block or x.dtype != torch.float32 or not torch.backends.mkl.is_available():
+            return super().forward(x)
+        rows = x.reshape(n, self.in_features)
+        blocks = self.weight[: block * threads].view(threads, block, self.in_features)
+        y = torch.bmm(rows.expand(threads, n, -1), blocks.mT).transpose(0, 1).reshape(n, -1)
+        if block * threads < self.out_features:
+            y = torch.cat((y, F.linear(rows, self.weight[block * threads :])), dim=-1)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with grouped key/value heads: softmax(q k^T / sqrt(D)) v."""
 
@@ -195,8 +219,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.dropout = config.dropout
         total_heads = config.n_heads + 2 * config.n_kv_heads
-        self.qkv = nn.Linear(config.d_model, total_heads * config.head_dim, bias=config.qkv_bias)
-        self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
+        self.qkv = Linear(config.d_model, total_heads * config.head_dim, bias=config.qkv_bias)
+        self.out = Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
@@ -229,8 +253,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = config.gated_mlp
         self.activation = ACTIVATIONS[config.activation]
-        self.up = nn.Linear(config.d_model, config.d_ff * (2 if config.gated_mlp else 1), bias=config.bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.up = Linear(config.d_model, config.d_ff * (2 if config.gated_mlp else 1), bias=config.bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
@@ -283,7 +307,7 @@ class GPT(nn.Module):
         self.positions = nn.Embedding(config.context_length, config.d_model) if learned else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
         self.tie_weights()
         self.register_load_state_dict_post_hook(_tie_after_loading)
         self.init_weights()
