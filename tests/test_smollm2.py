@@ -104,3 +104,11 @@ def test_the_command_line_answers():
     done = subprocess.run([sys.executable, "-m", "lmops", *map(str, arguments)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "The capital of France is Paris.\n"), done.stderr
     assert done.stderr.startswith("prefill: 37 tokens, ")
+
+
+def test_the_example_streams_an_answer():
+    example = Path(__file__).parent.parent / "examples" / "stream.py"
+    command = [sys.executable, str(example), str(FILE), "What is the capital of France?"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert result.stdout == "The capital of France is Paris.\n"
+    assert "tokens/s" in result.stderr
