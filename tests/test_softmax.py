@@ -112,14 +112,12 @@ def test_long_columns(path):
 def test_temperature_a_row(path, dtype, log):
     x = (torch.randn(3, 4, 301) * 2).to(dtype)
     t = (torch.rand(3, 4) + 0.25).to(dtype)
-    actual, truth = check(path, x, t, log=log)
+    check(path, x, t, log=log)
     torch_softmax = torch.log_softmax if log else torch.softmax
     # the gradient comes from the returned y: its precision is that of torch's own backward in x's dtype
-    dy = torch.autograd.grad(actual[0].sum(), actual[0])[0]
     ours = gradients(FUNCTIONS[log], x.to(path.device), t.to(path.device), torch.sin(x).to(path.device))[2]
     theirs = gradients(lambda x, t: torch_softmax(x / t.unsqueeze(-1), -1), x, t, torch.sin(x))[2]
     exact = gradients(reference, x.double(), t.double(), torch.sin(x).double(), log=log)[2]
-    assert dy.shape == truth[0].shape
     assert_accurate(ours, exact, theirs)
 
 
