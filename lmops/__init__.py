@@ -2,7 +2,17 @@
 
 from lmops.engine import generate
 from lmops.models import GPT, GPTConfig, load
+from lmops.ops.attention import scaled_dot_product_attention
 from lmops.ops.softmax import log_softmax, softmax
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "GPTConfig", "__version__", "generate", "load", "log_softmax", "softmax"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "__version__",
+    "generate",
+    "load",
+    "log_softmax",
+    "scaled_dot_product_attention",
+    "softmax",
+]

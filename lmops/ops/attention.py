@@ -1,0 +1,511 @@
+"""Flash attention: tiles, launchers, CPU implementation, schema, autograd, public functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lmops.ops._register import define_op
+from lmops.reference.attention import attention as reference
+from lmops.reference.attention import dropout_keep
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What shapes the scores, as the operators take it; see `attention`. Tensors in the order of the schema first."""
+
+    bias: Tensor | None
+    slopes: Tensor | None
+    sinks: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    seed: Tensor | None
+    max_q: int
+    max_k: int
+    scale: float
+    left: int | None
+    right: int | None
+    bottom_right: bool
+    softcap: float
+    dropout_p: float
+
+
+OPTIONS = (
+    "Tensor? bias, Tensor? slopes, Tensor? sinks, Tensor? cu_q, Tensor? cu_k, Tensor? seed, SymInt max_q, SymInt max_k,"
+    " float scale, SymInt? left, SymInt? right, bool bottom_right, float softcap, float dropout_p"
+)
+
+
+# ------------------------------------------------------------------------------------------------ results, by shape
+
+
+def _empty_like_query(query: Tensor, dim: int) -> Tensor:
+    """(B, H, S, dim) in the query's dtype, with the order of its heads and positions in memory."""
+    n_batch, n_heads, length, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty(n_batch, length, n_heads, dim).transpose(1, 2)
+    return query.new_empty(n_batch, n_heads, length, dim)
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    compute = torch.promote_types(q.dtype, torch.float32)
+    return _empty_like_query(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=compute)
+
+
+def _backward_fake(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    bias, _, sinks = options[:3]
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if bias_grad else q.new_empty(0)
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return *(_empty_like_query(t, t.shape[-1]) for t in (q, k, v)), dbias, dsinks
+
+
+# -------------------------------------------------------------------------------------------------------------- CPU
+
+
+def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    opts = Options(*options)
+    out, lse = _forward_fake(q, k, v)
+    if out.numel() == 0:
+        return out, lse.fill_(NEG_INF)
+    if opts.cu_q is not None:
+        for at_q, at_k, one in _sequences(opts):
+            o, l = _forward_cpu(q[:, :, at_q], k[:, :, at_k], v[:, :, at_k], *one)
+            out[:, :, at_q], lse[:, :, at_q] = o, l
+        return out, lse
+    if not _torch_can(opts) or k.shape[2] == 0:
+        o, l = reference(q, k, v, **_reference_options(q, k, opts))
+        return out.copy_(o), lse.copy_(l)
+    causal, mask = _torch_mask(q, k, opts)
+    o, l = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *_same_dim(q, k, v), 0.0, causal, attn_mask=mask, scale=opts.scale
+    )
+    o = o[..., : v.shape[-1]]
+    if (causal or mask is not None) and o.sum().isnan():  # what is masked may hold NaN
+        o, l = reference(q, k, v, **_reference_options(q, k, opts))
+    elif mask is not None:
+        l = l.masked_fill((mask == NEG_INF).all(-1), NEG_INF)
+    return o if o.stride() == out.stride() else out.copy_(o), l.contiguous()
+
+
+def _backward_cpu(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    opts = Options(*options)
+    grads = _backward_fake(do, dlse, q, k, v, o, lse, bias_grad, *options)
+    dq, dk, dv, dbias, dsinks = grads
+    if opts.cu_q is not None:
+        dsinks.zero_()
+        for at_q, at_k, one in _sequences(opts):
+            of_one = _backward_cpu(
+                do[:, :, at_q], None if dlse is None else dlse[:, :, at_q], q[:, :, at_q], k[:, :, at_k], v[:, :, at_k],
+                o[:, :, at_q], lse[:, :, at_q], bias_grad, *one,
+            )  # fmt: skip
+            for whole, at, part in zip((dq, dk, dv), (at_q, at_k, at_k), of_one, strict=False):
+                whole[:, :, at] = part
+            dsinks += of_one[4]
+        return grads
+    if q.numel() == 0 or k.shape[2] == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    if _torch_can(opts) and dlse is None and not bias_grad:
+        causal, mask = _torch_mask(q, k, opts)
+        of_torch = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *_same_dim(do, q, k, v, o), lse.masked_fill(lse == NEG_INF, 0), 0.0, causal,
+            attn_mask=mask, scale=opts.scale,
+        )  # fmt: skip
+        if not of_torch[0].sum().isnan():
+            for grad, g in zip((dq, dk, dv), of_torch, strict=True):
+                grad.copy_(g[..., : grad.shape[-1]])
+            return grads
+    wanted = [q, k, v]
+    if bias_grad:
+        wanted.append(opts.bias)
+    if opts.sinks is not None:
+        wanted.append(opts.sinks)
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in wanted]
+        named = _reference_options(q, k, opts)
+        if bias_grad:
+            named["bias"] = leaves[3]
+        if opts.sinks is not None:
+            named["sinks"] = leaves[-1]
+        out, l = reference(*leaves[:3], **named)
+        outputs, given = ([out], [do]) if dlse is None else ([out, l], [do, dlse])
+        found = torch.autograd.grad(outputs, leaves, given)
+    for grad, g in zip([dq, dk, dv, *([dbias] if bias_grad else []), dsinks], found, strict=False):
+        grad.copy_(g)
+    return grads
+
+
+def _sequences(opts: Options) -> Any:
+    """Of a packed call: the slices of queries and keys of each sequence, and its options alone."""
+    assert opts.cu_q is not None and opts.cu_k is not None
+    ends_q, ends_k = opts.cu_q.tolist(), opts.cu_k.tolist()
+    for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)):
+        values = vars(opts) | {"cu_q": None, "cu_k": None, "max_q": q1 - q0, "max_k": k1 - k0}
+        if opts.slopes is not None and opts.slopes.ndim == 2:
+            values["slopes"] = opts.slopes[b]
+        if opts.seed is not None:  # a third word: which sequence this is
+            values["seed"] = torch.cat((opts.seed[:1], torch.tensor([b])))
+        yield slice(q0, q1), slice(k0, k1), tuple(values.values())
+
+
+def _torch_can(opts: Options) -> bool:
+    """Whether torch's own flash attention for CPUs can express the call."""
+    return opts.softcap == 0 and opts.sinks is None and opts.dropout_p == 0
+
+
+def _torch_mask(q: Tensor, k: Tensor, opts: Options) -> tuple[bool, Tensor | None]:
+    """The call in torch's terms: causal, or else an additive mask in the query's dtype."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    bounded = opts.left is not None or opts.right is not None
+    plain = opts.bias is None and opts.slopes is None
+    if plain and (
+        not bounded or (opts.left is None and opts.right == 0 and not (opts.bottom_right and q_len != k_len))
+    ):
+        return bounded, None
+    mask = q.new_zeros(1, 1, q_len, k_len)
+    if bounded or opts.slopes is not None:
+        distance = torch.arange(q_len)[:, None] + (k_len - q_len if opts.bottom_right else 0) - torch.arange(k_len)
+        if opts.slopes is not None:
+            slopes = opts.slopes.view(-1, q.shape[1], 1, 1)
+            mask = (-slopes.to(torch.promote_types(q.dtype, torch.float32)) * distance.abs()).to(q.dtype)
+        if opts.left is not None:
+            mask = mask.masked_fill(distance > opts.left, NEG_INF)
+        if opts.right is not None:
+            mask = mask.masked_fill(distance < -opts.right, NEG_INF)
+    if opts.bias is not None:
+        mask = mask.masked_fill(~opts.bias, NEG_INF) if opts.bias.dtype == torch.bool else mask + opts.bias.to(q.dtype)
+    return False, mask.expand(q.shape[0], q.shape[1], q_len, k_len)
+
+
+def _same_dim(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with their last dimension contiguous and as long as the longest, by zeros."""
+    dim = max(t.shape[-1] for t in tensors)
+    return [
+        torch.nn.functional.pad(t, (0, dim - t.shape[-1])) if t.shape[-1] < dim
+        else t if t.stride(-1) == 1 else t.contiguous()
+        for t in tensors
+    ]  # fmt: skip
+
+
+def _reference_options(q: Tensor, k: Tensor, opts: Options) -> dict[str, Any]:
+    keep = None
+    if opts.dropout_p:
+        assert opts.seed is not None
+        seed, *sequence = opts.seed.tolist()
+        first = sequence[0] if sequence else 0
+        keep = dropout_keep(seed, opts.dropout_p, first + q.shape[0], q.shape[1], q.shape[2], k.shape[2])[first:]
+    return {
+        "bias": opts.bias, "scale": opts.scale, "left": opts.left, "right": opts.right,
+        "bottom_right": opts.bottom_right, "softcap": opts.softcap, "alibi_slopes": opts.slopes, "sinks": opts.sinks,
+        "dropout_p": opts.dropout_p, "keep": keep,
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- operators
+
+
+def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
+def _backward_triton(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    raise NotImplementedError
+
+
+attention_forward = define_op(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)",
+    triton=_forward_triton,
+    torch_cpu=_forward_cpu,
+    fake=_forward_fake,
+)
+attention_backward = define_op(
+    "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool bias_grad,"
+    f" {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton=_backward_triton,
+    torch_cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bias, slopes, sinks, cu_q, cu_k, seed, *numbers):
+        out, lse = attention_forward(q, k, v, bias, slopes, sinks, cu_q, cu_k, seed, *numbers)
+        ctx.save_for_backward(q, k, v, out, lse, bias, slopes, sinks, cu_q, cu_k, seed)
+        ctx.numbers = numbers
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dlse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(out)
+        bias_grad = ctx.needs_input_grad[3]
+        grads = attention_backward(do, dlse, q, k, v, out, lse, bias_grad, *tensors, *ctx.numbers)
+        dq, dk, dv, dbias, dsinks = grads
+        wanted = [dq, dk, dv, dbias, None, dsinks, None, None, None, *[None] * len(ctx.numbers)]
+        return tuple(g if need else None for g, need in zip(wanted, ctx.needs_input_grad, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- public functions
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    left: int | None = None,
+    right: int | None = None,
+    bottom_right: bool = False,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scores) value, and the logarithm of the softmax's sum: what all the interfaces to attention call.
+
+    query (B, H, Sq, D), key (B, KV, Sk, D), value (B, KV, Sk, Dv), any strides; float16, bfloat16 or float32 (on the
+    CPU also float64), accumulated in float32. D and Dv up to 256, without gradients 512. Query head h takes key head
+    h // (H / KV). With i and j the numbers of a query and a key, and distance = i + shift - j where shift is Sk - Sq
+    if bottom_right and 0 otherwise,
+
+        scores = softcap(scale query key^T) - alibi_slope |distance| + bias    where -right <= distance <= left,
+
+    and -inf elsewhere. scale: 1 / sqrt(D) by default. left, right: None for no bound; right=0 is causal.
+    softcap: softcap(x) = softcap tanh(x / softcap); None or 0 for none. alibi_slopes: (H,) or (B, H).
+    bias: broadcasts to (B, H, Sq, Sk); added, or where boolean, False masks. Its gradient is computed where it
+    requires one, summed over what was broadcast.
+    sinks: (H,), a further score a head, with value 0 (arXiv 2309.17453; learned in gpt-oss); has a gradient.
+    dropout_p: each probability is dropped with dropout_p and the others divided by 1 - dropout_p; the draw follows
+    torch's generator of the device (`torch.manual_seed`), and depends on the position in (B, H, Sq, Sk) alone.
+
+    Packed sequences: B = 1, and cu_seqlens_q, cu_seqlens_k (N + 1,) int32 hold where each begins, then the total:
+    sequence n is query[:, :, cu_seqlens_q[n] : cu_seqlens_q[n + 1]] over its own keys, and the batch of alibi_slopes
+    and dropout is n. max_seqlen_q and max_seqlen_k are the longest lengths; on a GPU they should be given, since
+    finding them waits for the GPU. Their values are checked on the CPU; on a GPU that would wait too, so there
+    offsets are cut to the tensors, and queries beyond max_seqlen_q are not computed.
+
+    Returns (B, H, Sq, Dv) in the query's dtype and (B, H, Sq) in float32, natural logarithm, sink included.
+    A row that sees no key gives 0 and -inf (or the sink), and no gradient. NaN and inf in keys and values that a row
+    does not see do not reach it; in those that it sees they make it NaN.
+    The method is FlashAttention-2 (arXiv 2307.08691): memory is linear in Sq and Sk. No atomics: repeatable bitwise.
+    Raises ValueError or TypeError for arguments that do not fit together.
+    """
+    n_batch, n_heads = _check_tensors(query, key, value)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if packed:
+        n_batch, max_q, max_k = _check_packed(query, key, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    else:
+        max_q, max_k = query.shape[2], key.shape[2]
+    if bias is not None:
+        bias = _check_bias(bias, query, key)
+    if alibi_slopes is not None:
+        _check_a_head("alibi_slopes", alibi_slopes, query, [(n_heads,), (n_batch, n_heads)])
+        alibi_slopes = alibi_slopes.float()
+    if sinks is not None:
+        _check_a_head("sinks", sinks, query, [(n_heads,)])
+    for name, bound in (("left", left), ("right", right)):
+        if bound is not None and bound < 0:
+            raise ValueError(f"{name} must be at least 0 or None, got {bound}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
+    if softcap is not None and not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be positive, or None or 0 for none, got {softcap}")
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if not packed:
+        left, right = _binding(left, right, max_k - max_q if bottom_right else 0, max_q, max_k)
+    seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
+    arguments = (
+        query, key, value, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seed,
+        max_q, max_k, scale, left, right, bottom_right, float(softcap or 0), float(dropout_p),
+    )  # fmt: skip
+    inputs = (query, key, value, bias, sinks)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return _Attention.apply(*arguments) if needs_grad else attention_forward(*arguments)
+
+
+def _binding(left: int | None, right: int | None, shift: int, q_len: int, k_len: int) -> tuple[int | None, int | None]:
+    """The bounds without those that hide nothing: distances lie in shift - (k_len - 1) .. shift + q_len - 1."""
+    if left is not None and shift + q_len - 1 <= left:
+        left = None
+    if right is not None and shift - (k_len - 1) >= -right:
+        right = None
+    return left, right
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int]:
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.ndim != 4:
+            raise ValueError(f"{name} must be (batch, heads, length, head_dim), got shape {tuple(t.shape)}")
+        if t.dtype != query.dtype or t.device != query.device:
+            raise TypeError(f"{name} must be {query.dtype} on {query.device} like query, got {t.dtype} on {t.device}")
+    if query.dtype not in FLOATS and not (query.dtype == torch.float64 and query.device.type == "cpu"):
+        raise TypeError(f"query must be float16, bfloat16 or float32 (on the CPU also float64), got {query.dtype}")
+    (n_batch, n_heads, _, dim), (_, kv_heads, k_len, _) = query.shape, key.shape
+    if key.shape != (n_batch, kv_heads, k_len, dim):
+        raise ValueError(
+            f"key must be (batch, heads, length, head_dim) with query's batch {n_batch} and head_dim {dim},"
+            f" got shape {tuple(key.shape)}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value must have key's batch, heads and length {tuple(key.shape[:3])}, got {tuple(value.shape)}"
+        )
+    if kv_heads == 0 or n_heads % kv_heads:
+        raise ValueError(f"query's heads must be a multiple of key's: got {n_heads} and {kv_heads}")
+    for name, t in (("query", query), ("value", value)):
+        if not 1 <= t.shape[3] <= 512:
+            raise ValueError(f"{name}'s head_dim must be 1 to 512, got {t.shape[3]}")
+    return n_batch, n_heads
+
+
+def _check_packed(
+    query: Tensor, key: Tensor, bias: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
+    max_q: int | None, max_k: int | None,
+) -> tuple[int, int, int]:  # fmt: skip
+    if bias is not None:
+        raise ValueError("bias cannot be combined with cu_seqlens_q and cu_seqlens_k: packed sequences mask each other")
+    if query.shape[0] != 1:
+        raise ValueError(f"packed sequences come as a batch of 1, got a batch of {query.shape[0]}")
+    longest = []
+    given = (("q", cu_q, max_q, query.shape[2]), ("k", cu_k, max_k, key.shape[2]))
+    for name, cu, most, total in given:
+        if cu is None:
+            raise ValueError(f"cu_seqlens_q and cu_seqlens_k go together, cu_seqlens_{name} is missing")
+        if cu.ndim != 1 or cu.numel() < 2 or cu.dtype != torch.int32 or cu.device != query.device:
+            raise ValueError(
+                f"cu_seqlens_{name} must be int32 of shape (sequences + 1,) on {query.device},"
+                f" got {cu.dtype} of shape {tuple(cu.shape)} on {cu.device}"
+            )
+        if most is None or (cu.device.type == "cpu" and not torch.compiler.is_compiling()):
+            ends = cu.tolist()
+            lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+            if ends[0] != 0 or min(lengths) < 0 or ends[-1] != total:
+                raise ValueError(
+                    f"cu_seqlens_{name} must start at 0, not decrease, and end at the {total} tokens given, got {ends}"
+                )
+            if most is not None and most < max(lengths):
+                raise ValueError(
+                    f"max_seqlen_{name} is {most}, the longest sequence of cu_seqlens_{name} {max(lengths)}"
+                )
+            most = max(lengths) if most is None else most
+        longest.append(int(most))
+    assert cu_q is not None and cu_k is not None
+    if cu_q.numel() != cu_k.numel():
+        raise ValueError(
+            f"cu_seqlens_q and cu_seqlens_k must be of equal length, got {cu_q.numel()} and {cu_k.numel()}"
+        )
+    return cu_q.numel() - 1, *longest
+
+
+def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The bias as 4-D: each size 1 or that of the scores."""
+    full = (*query.shape[:3], key.shape[2])
+    if bias.dtype != torch.bool and not bias.is_floating_point():
+        raise TypeError(f"attn_mask must be boolean (True is visible) or floating-point, got {bias.dtype}")
+    if bias.device != query.device:
+        raise TypeError(f"attn_mask must be on {query.device} like query, got {bias.device}")
+    if bias.ndim > 4 or any(b not in (1, n) for b, n in zip(bias.shape[::-1], full[::-1], strict=False)):
+        raise ValueError(f"attn_mask must broadcast to {full}, got shape {tuple(bias.shape)}")
+    return bias[(None,) * (4 - bias.ndim)]
+
+
+def _check_a_head(name: str, t: Tensor, query: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+    if not t.is_floating_point() or t.device != query.device:
+        raise TypeError(f"{name} must be floating-point on {query.device}, got {t.dtype} on {t.device}")
+    if tuple(t.shape) not in shapes:
+        raise ValueError(f"{name} must have the shape {' or '.join(map(str, shapes))}, got {tuple(t.shape)}")
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention, in place of `torch.nn.functional.scaled_dot_product_attention`: the same arguments, by position too.
+
+    query (..., H, Sq, D), key (..., KV, Sk, D), value (..., KV, Sk, Dv); KV divides H, and equals it unless enable_gqa.
+    attn_mask: broadcasts to (..., H, Sq, Sk); boolean (True takes part) or added to the scores.
+    is_causal: query i sees the keys 0 .. i, aligned at the top left like torch's; may be combined with attn_mask.
+    window: (left, right): query i sees the keys i - left .. i + right; None or -1 for no bound.
+    softcap, alibi_slopes, sinks: see `lmops.ops.attention.attention`, as for dtypes, limits, NaN and dropout.
+    deterministic: taken for flash-attn's sake; results are always the same bitwise.
+    return_lse: return also the logarithm of the softmax's sum, (..., H, Sq) in float32, with its gradient.
+
+    Rows that see no key give 0. Raises ValueError or TypeError for arguments that do not fit together.
+    """
+    if query.ndim < 2:
+        raise ValueError(f"query must be (..., heads, length, head_dim), got shape {tuple(query.shape)}")
+    shape = query.shape[:-1]
+    if query.ndim != 4:
+        if key.ndim != query.ndim or value.ndim != query.ndim:
+            raise ValueError(
+                f"query, key and value must have equally many dimensions, got {query.ndim}, {key.ndim} and {value.ndim}"
+            )
+        if attn_mask is not None and attn_mask.ndim > 3:
+            attn_mask = attn_mask.expand(*query.shape[:-3], *attn_mask.shape[-3:]).flatten(0, -4)
+        query, key, value = (t.flatten(0, -4) if t.ndim > 4 else t[(None,) * (4 - t.ndim)] for t in (query, key, value))
+    if not enable_gqa and key.ndim == 4 and key.shape[1] != query.shape[1]:
+        raise ValueError(
+            f"key has {key.shape[1]} heads and query {query.shape[1]}: they must be equal unless enable_gqa=True"
+        )
+    left, right = _window(window, "window")
+    out, lse = attention(
+        query, key, value, bias=attn_mask, scale=scale, left=left, right=0 if is_causal else right, softcap=softcap,
+        alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
+    )  # fmt: skip
+    if len(shape) != 3:
+        out, lse = out.reshape(*shape, out.shape[-1]), lse.reshape(shape)
+    return (out, lse) if return_lse else out
+
+
+def _window(window: Sequence[int | None] | None, name: str) -> tuple[int | None, int | None]:
+    """(left, right) with None for no bound, from a pair in which -1 also means none."""
+    if window is None:
+        return None, None
+    if isinstance(window, int) or len(window) != 2:
+        raise ValueError(f"{name} must be a pair (left, right) of numbers of keys, or -1 for no bound, got {window!r}")
+    left, right = (None if w == -1 else w for w in window)
+    for w in (left, right):
+        if w is not None and w < 0:
+            raise ValueError(f"{name} must hold numbers of keys at least 0, or -1 for no bound, got {window!r}")
+    return left, right
