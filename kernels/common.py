@@ -22,16 +22,23 @@ def row_offset(outer, rows, outer_shape, strides):
 
 
 @triton.jit
-def online_softmax_step(x, m, l, scale):
+def online_softmax_step(x, m, l, scale, FOLD: tl.constexpr = False, GUARD: tl.constexpr = True):
     """One tile of the online softmax (Milakov and Gimelshein, 2018), in base 2.
 
     x: (R, C) scores, -inf where masked; m: (R,) maximum so far, -inf at first; l: (R,) sum of exponentials so far;
-    scale: log2(e) / temperature, a scalar or (R,). Returns p = 2^((x - m') scale), m', l' and the factor
-    2^((m - m') scale) by which whatever was accumulated under m must be multiplied.
+    scale: log2(e) / temperature, (R,). Returns p = 2^((x - m') scale), m', l' and the factor 2^((m - m') scale) by
+    which whatever was accumulated under m must be multiplied.
+    FOLD: scale is a positive scalar and m holds the maximum of x scale, so that an element costs one multiply-add;
+    that overflows where x scale does. GUARD: a row may have nothing in it but -inf.
     """
-    m_new = tl.maximum(m, tl.max(x, 1))
+    top = tl.max(x, 1)
+    m_new = tl.maximum(m, top * scale if FOLD else top)
     # a row with nothing in it yet: subtract 0, so that -inf stays -inf and does not become NaN
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2((x - shift[:, None]) * tl.expand_dims(scale, 1))
-    alpha = tl.exp2((m - shift) * scale)
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new) if GUARD else m_new
+    if FOLD:
+        p = tl.exp2(x * scale - shift[:, None])
+        alpha = tl.exp2(m - shift)
+    else:
+        p = tl.exp2((x - shift[:, None]) * tl.expand_dims(scale, 1))
+        alpha = tl.exp2((m - shift) * scale)
     return p, m_new, l * alpha + tl.sum(p, 1), alpha

@@ -215,17 +215,161 @@ def _reference_options(q: Tensor, k: Tensor, opts: Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------------- operators
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program takes at a time: queries x keys, with so many warps and stages of the pipeline of loads."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_tile(kernel: str, dim: int, element_size: int, rows: int, target: str) -> Tile:
+    """The tile of `kernel` ("forward", "dq", "dkv", "bias") on `target` ("sm_80", "sm_90", "sm_100", "gfx942").
+
+    dim: the longer head_dim, as a power of 2; rows: of the dimension that the grid is over. Chosen with
+    `python -m benchmarks.compile_report`: nothing spills at these on the targets it knows.
+    """
+    return Tile(64, 64, 4, 2)
+
+
+def _block(dim: int) -> int:
+    """A head_dim in the kernels: the next power of 2, at least the 16 that a tensor core takes."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _target() -> str:
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "sm_80"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def _arguments(q: Tensor, k: Tensor, v: Tensor, opts: Options) -> dict[str, Any]:
+    """What all the kernels take beside their tensors."""
+    bias = "" if opts.bias is None else "mask" if opts.bias.dtype == torch.bool else "add"
+    return {
+        "bias_ptr": opts.bias, "slopes_ptr": opts.slopes, "cu_q_ptr": opts.cu_q, "cu_k_ptr": opts.cu_k,
+        "seed_ptr": opts.seed, "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride(),
+        "bias_strides": _broadcast_strides(opts.bias),
+        "slopes_stride": opts.slopes.shape[-1] if opts.slopes is not None and opts.slopes.ndim == 2 else 0,
+        "n_heads": q.shape[1], "q_total": q.shape[2], "k_total": k.shape[2], "scale": opts.scale,
+        "left": opts.left or 0, "right": opts.right or 0, "softcap": opts.softcap, "dropout_p": opts.dropout_p,
+        "HEAD_DIM": q.shape[3], "VALUE_DIM": v.shape[3], "GROUP": q.shape[1] // k.shape[1],
+        "PACKED": opts.cu_q is not None, "LEFT": opts.left is not None, "RIGHT": opts.right is not None,
+        "BOTTOM_RIGHT": opts.bottom_right, "BIAS": bias, "ALIBI": opts.slopes is not None,
+        "SOFTCAP": opts.softcap != 0, "DROPOUT": opts.dropout_p != 0,
+        # the maximum of the products is that of the scores only if all that lies between them is a positive factor
+        "SCALED": opts.softcap != 0 or opts.slopes is not None or bias == "add" or opts.scale <= 0,
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "BLOCK_D": _block(q.shape[3]), "BLOCK_E": _block(v.shape[3]),
+    }  # fmt: skip
+
+
+def _broadcast_strides(bias: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if bias is None else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+
+
+def _of_tile(tile: Tile, *tensors: Tensor) -> dict[str, Any]:
+    """The launch options of a tile that walks through `tensors`."""
+    import triton.language as tl
+
+    most = max(tile.block_m, tile.block_n) * max(t.stride(2) for t in tensors) + max(
+        t.stride(3) * t.shape[3] for t in tensors
+    )
+    return {
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        "OFFSET": tl.int32 if most < 2**31 else tl.int64,
+    }  # fmt: skip
+
+
+def _descriptors(tile: Tile, *tensors: Tensor) -> list[Any] | None:
+    """Tensor descriptors for the TMA unit that load a tile of keys, where the tensors have what it asks for."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    for t in tensors:
+        multiple = 16 // t.element_size()
+        aligned = t.data_ptr() % 16 == 0 and t.stride(3) == 1
+        if not aligned or t.numel() == 0 or any(t.stride(d) % multiple or not t.stride(d) for d in range(3) if t.shape[d] > 1):
+            return None
+    found = []
+    for t in tensors:
+        strides = [t.stride(d) if t.shape[d] > 1 else max(16, t.shape[3]) for d in range(3)]
+        found.append(TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, tile.block_n, _block(t.shape[3])]))
+    return found
 
 
 def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+    from lmops.kernels.attention import attention_forward_kernel
+
+    opts = Options(*options)
+    out, lse = _forward_fake(q, k, v)
+    if out.numel() == 0:
+        return out, lse.fill_(NEG_INF)
+    arguments, target = _arguments(q, k, v, opts), _target()
+    group, n_batch = arguments["GROUP"], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
+    # few queries: the query heads of a key head share a tile, and its keys are read once
+    pack = group if opts.max_q * group <= 64 else 1
+    rows = opts.max_q * pack
+    tile = attention_tile("forward", max(arguments["BLOCK_D"], arguments["BLOCK_E"]), q.element_size(), rows, target)
+    descriptors = _descriptors(tile, k, v) if target in ("sm_90", "sm_100") else None
+    attention_forward_kernel[(-(-rows // tile.block_m) * (q.shape[1] // pack) * n_batch,)](
+        q, *(descriptors or (k, v)), out, lse, sinks_ptr=opts.sinks, o_strides=out.stride(), max_q=opts.max_q,
+        PACK=pack, SINKS=opts.sinks is not None, DESCRIPTOR=descriptors is not None, **arguments, **_of_tile(tile, k, v),
+    )  # fmt: skip
+    return out, lse
 
 
 def _backward_triton(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    raise NotImplementedError
+    from lmops.kernels.attention import (
+        attention_backward_bias_kernel,
+        attention_backward_dkv_kernel,
+        attention_backward_dq_kernel,
+    )
+
+    opts = Options(*options)
+    dq, dk, dv, dbias, dsinks = grads = _backward_fake(do, dlse, q, k, v, o, lse, bias_grad, *options)
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    arguments, target = _arguments(q, k, v, opts), _target()
+    dim, size = max(arguments["BLOCK_D"], arguments["BLOCK_E"]), q.element_size()
+    n_heads, kv_heads, n_batch = q.shape[1], k.shape[1], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
+    delta = torch.empty_like(lse)
+    tile = attention_tile("dq", dim, size, opts.max_q, target)
+    attention_backward_dq_kernel[(-(-opts.max_q // tile.block_m) * n_heads * n_batch,)](
+        q, k, v, o, do, dq, lse, dlse, delta, o_strides=o.stride(), do_strides=do.stride(), dq_strides=dq.stride(),
+        dlse_strides=(0, 0, 0) if dlse is None else dlse.stride(), max_q=opts.max_q, DLSE=dlse is not None,
+        **arguments, **_of_tile(tile, k, v),
+    )  # fmt: skip
+    tile = attention_tile("dkv", dim, size, opts.max_k, target)
+    attention_backward_dkv_kernel[(-(-opts.max_k // tile.block_n) * kv_heads * n_batch,)](
+        q, k, v, do, dk, dv, lse, delta, do_strides=do.stride(), dk_strides=dk.stride(), dv_strides=dv.stride(),
+        max_k=opts.max_k, **arguments, **_of_tile(tile, q, do),
+    )  # fmt: skip
+    if bias_grad:
+        assert opts.bias is not None
+        tile = attention_tile("bias", dim, size, opts.max_q, target)
+        summed = tuple(b == 1 and n != 1 for b, n in zip(opts.bias.shape, (n_batch, n_heads, *q.shape[2:3], *k.shape[2:3]), strict=True))
+        blocks = (n_batch, n_heads, -(-q.shape[2] // tile.block_m), -(-k.shape[2] // tile.block_n))
+        own = {name: value for name, value in arguments.items() if name in attention_backward_bias_kernel.arg_names}
+        attention_backward_bias_kernel[(math.prod(1 if s else n for s, n in zip(summed, blocks, strict=True)),)](
+            q, k, v, do, dbias, lse, delta, do_strides=do.stride(), dbias_strides=_broadcast_strides(dbias),
+            n_batch=n_batch, SUM=summed, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+            num_stages=tile.num_stages, **own,
+        )  # fmt: skip
+    if opts.sinks is not None:  # a score whose value is 0: ds = p (0 - delta)
+        dsinks.copy_(-(torch.exp(opts.sinks.float()[:, None] - lse) * delta).sum((0, 2)))
+    return grads
 
 
 attention_forward = define_op(
@@ -326,7 +470,7 @@ def attention(
         bias = _check_bias(bias, query, key)
     if alibi_slopes is not None:
         _check_a_head("alibi_slopes", alibi_slopes, query, [(n_heads,), (n_batch, n_heads)])
-        alibi_slopes = alibi_slopes.float()
+        alibi_slopes = alibi_slopes.float().contiguous()
     if sinks is not None:
         _check_a_head("sinks", sinks, query, [(n_heads,)])
     for name, bound in (("left", left), ("right", right)):
@@ -347,6 +491,8 @@ def attention(
         max_q, max_k, scale, left, right, bottom_right, float(softcap or 0), float(dropout_p),
     )  # fmt: skip
     inputs = (query, key, value, bias, sinks)
+    if max(query.shape[3], value.shape[3]) > 256 and query.device.type != "cpu":
+        pass
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     return _Attention.apply(*arguments) if needs_grad else attention_forward(*arguments)
 

@@ -1,0 +1,494 @@
+"""Flash attention (Dao, arXiv 2307.08691): softmax(q k^T scale) v and its gradients, without the scores in memory.
+
+Shapes in comments: M queries and N keys of a tile, D head_dim of queries and keys, E of values. The maths, the masks
+and the order of the tiles are in docs/kernels.md. What all the kernels take:
+
+    q (B, H, Sq, D), k (B, KV, Sk, D), v (B, KV, Sk, E), o and do (B, H, Sq, E); strides in elements
+    lse, delta (B, H, Sq) float32, contiguous
+    bias   broadcast to (B, H, Sq, Sk) by strides of 0; BIAS: "" for none, "mask" (False hides), "add"
+    slopes (B or 1, H) float32 (ALIBI), sinks (H,) (SINKS), seed (1,) int64 (DROPOUT)
+    PACKED: B is 1 in memory, and cu_q, cu_k (N + 1,) int32 hold where the N sequences begin
+    query i sees key j if -right <= i + shift - j <= left, where shift = Sk - Sq if BOTTOM_RIGHT else 0;
+    LEFT, RIGHT: whether there is that bound. GROUP = H / KV. SCALED: scores need more than a factor before the exponential
+"""
+
+import triton
+import triton.language as tl
+
+from .common import LN2, LOG2E, online_softmax_step
+
+
+# ---------------------------------------------------------------------------------------- what a program works on
+
+
+@triton.jit
+def program(n_heads, n_tiles, REVERSE: tl.constexpr):
+    """Tile, head and batch of this program. The tiles of a head are neighbours: they share its keys in L2."""
+    pid = tl.program_id(0)
+    tile, head = pid % n_tiles, pid // n_tiles
+    if REVERSE:  # the tiles with most to do go first, so that no long one is left at the end
+        tile = n_tiles - 1 - tile
+    return tile, head % n_heads, head // n_heads
+
+
+@triton.jit
+def sequence(cu_ptr, batch, length, PACKED: tl.constexpr):
+    """Batch in memory, first position and length of sequence `batch`; packed ones are cut to the tensor's length."""
+    if PACKED:
+        first = tl.minimum(tl.maximum(tl.load(cu_ptr + batch), 0), length)
+        end = tl.minimum(tl.maximum(tl.load(cu_ptr + batch + 1), first), length)
+        return batch * 0, first, end - first
+    else:
+        return batch, batch * 0, length
+
+
+@triton.jit
+def visible_range(first, last, before, after, length, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr):
+    """The columns first - before .. last + after of 0 .. length - 1 in tiles: begin, full_begin, full_end, end.
+
+    Row r of first .. last sees the columns r - before .. r + after; BEFORE, AFTER: whether there is that bound. The
+    tiles from full_begin to full_end are seen wholly by all rows, those before and after them by some rows in part.
+    """
+    begin, full_begin, full_end, end = 0, 0, length, length
+    if BEFORE:
+        begin = tl.maximum(first - before, 0)
+        full_begin = tl.maximum(last - before, 0)
+    if AFTER:
+        end = tl.maximum(tl.minimum(last + after + 1, length), 0)
+        full_end = tl.maximum(tl.minimum(first + after + 1, length), 0)
+    begin = tl.minimum(begin // BLOCK * BLOCK, end)
+    full_begin = tl.maximum(tl.minimum(tl.cdiv(full_begin, BLOCK) * BLOCK, end), begin)
+    full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def offset(index, strides):
+    """Offset in elements of (batch, head, position, dim); int64 before the first multiplication."""
+    b, h, s, d = index
+    return b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + s.to(tl.int64) * strides[2] + d * strides[3]
+
+
+@triton.jit
+def load_tile(source, batch, head, start, offsets, stride, in_rows, ROWS: tl.constexpr, COLS: tl.constexpr,
+              DIM: tl.constexpr, EDGE: tl.constexpr, DESCRIPTOR: tl.constexpr = False):  # fmt: skip
+    """Rows start .. start + ROWS - 1 of a matrix, (ROWS, COLS); 0 from column DIM on, at an EDGE also outside in_rows.
+
+    source: the pointer to row 0, or a tensor descriptor and batch and head say which matrix of it. offsets:
+    (ROWS, COLS), of the elements of a tile from its first: they stay, and only a scalar base moves, which the compiler
+    turns into one address a lane. Behind the end of a tensor a descriptor gives 0 by itself.
+    """
+    if DESCRIPTOR:
+        return source.load([batch, head, start, 0]).reshape(ROWS, COLS)
+    else:
+        tile_ptr = source + tl.cast(start, tl.int64) * stride + offsets
+        in_dims = (tl.arange(0, COLS) < DIM)[None, :]
+        if EDGE:
+            return tl.load(tile_ptr, mask=in_rows[:, None] & in_dims, other=0.0)
+        elif DIM == COLS:
+            return tl.load(tile_ptr)
+        else:
+            return tl.load(tile_ptr, mask=in_dims, other=0.0)
+
+
+# ------------------------------------------------------------------------------------------- scores, masks, dropout
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent: from the exponential, and near 0, where that would lose digits, the series."""
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    t = (1 - e) / (1 + e)
+    y = x * x
+    series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
+    return tl.where(y < 0.0625, series, tl.where(x < 0, -t, t))
+
+
+@triton.jit
+def scores(x, rows, cols, bias, slope, scale, softcap, low, high, SCALED: tl.constexpr, SOFTCAP: tl.constexpr,
+           ALIBI: tl.constexpr, BIAS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):  # fmt: skip
+    """What enters the softmax, from products x, and d scores / d x scale; -inf where hidden.
+
+    rows, cols: positions, of queries with the shift, that broadcast to x. LOW, HIGH: cols below low, above high are hidden.
+    """
+    slope_of_cap = 1.0
+    if SCALED:
+        x *= scale
+    if SOFTCAP:
+        t = tanh(x / softcap)
+        x, slope_of_cap = softcap * t, 1 - t * t
+    if ALIBI:
+        x -= slope * tl.abs(rows - cols).to(tl.float32)
+    if BIAS == "mask":
+        x = tl.where(bias, x, float("-inf"))
+    if BIAS == "add":
+        x = tl.where(bias == float("-inf"), float("-inf"), x + bias)
+    if HIGH:
+        x = tl.where(cols <= high, x, float("-inf"))
+    if LOW:
+        x = tl.where(cols >= low, x, float("-inf"))
+    return x, slope_of_cap
+
+
+@triton.jit
+def load_bias(bias_ptr, rows, cols, strides, q_len, k_len, BIAS: tl.constexpr):
+    """Bias at rows and cols, which broadcast against each other; None where there is none."""
+    if BIAS == "":
+        return None
+    else:
+        at = bias_ptr + rows.to(tl.int64) * strides[2] + cols.to(tl.int64) * strides[3]
+        bias = tl.load(at, mask=(rows < q_len) & (cols < k_len), other=0)
+        return bias if BIAS == "mask" else bias.to(tl.float32)
+
+
+@triton.jit
+def kept(seed, rows, cols, head, dropout_p):
+    """Which probabilities dropout keeps: 24 bits of Philox of the position, as in lmops.reference.attention."""
+    word, _, _, _ = tl.philox(seed, cols, rows, head, head * 0)
+    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08 >= dropout_p  # 2^-24
+
+
+@triton.jit
+def without_nonfinite(tile):
+    """The tile with 0 for NaN and inf, and (ROWS,) NaN for the rows that had one, else 0."""
+    finite = tl.abs(tile.to(tl.float32)) < float("inf")
+    spoiled = tl.max((~finite).to(tl.int32), 1)
+    return tl.where(finite, tile, 0.0), tl.where(spoiled > 0, float("nan"), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+# lengths and bounds vary from call to call, and knowing their divisors would change nothing
+VARYING = ("n_batch", "n_heads", "q_total", "k_total", "max_q", "max_k", "left", "right")
+
+
+@triton.jit(do_not_specialize=VARYING)
+def attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, bias_ptr, slopes_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
+    q_strides, k_strides, v_strides, o_strides, bias_strides, slopes_stride,
+    n_heads, q_total, k_total, max_q, scale, left, right, softcap, dropout_p,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, PACKED: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """o = softmax(scores) v and lse = log sum exp(scores) for BLOCK_M rows.
+
+    A row is a query, or (PACK > 1) one of PACK query heads that share a key head, at one position: few queries then
+    fill a tile, and read keys once. DESCRIPTOR: k_ptr and v_ptr are tensor descriptors. OFFSET: the integers that hold
+    offsets within a tile.
+    """
+    tile, head0, batch = program(n_heads // PACK, tl.cdiv(max_q * PACK, BLOCK_M), RIGHT)
+    q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
+    k_batch, k_first, k_len = sequence(cu_k_ptr, batch, k_total, PACKED)
+    row0 = tile * BLOCK_M
+    if row0 >= q_len * PACK:
+        return
+    kv_head = head0 * PACK // GROUP
+    rows = row0 + tl.arange(0, BLOCK_M)
+    positions, heads = rows // PACK, head0 * PACK + rows % PACK  # (M,)
+    in_rows = positions < q_len
+    cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    q_at = offset((q_batch, heads[:, None], (q_first + positions)[:, None], dims[None, :]), q_strides)
+    q = tl.load(q_ptr + q_at, mask=in_rows[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+
+    first = k_first
+    if not DESCRIPTOR:
+        k_ptr += offset((k_batch, kv_head, k_first, 0), k_strides)
+        v_ptr += offset((k_batch, kv_head, k_first, 0), v_strides)
+        first *= 0
+    k_offsets = cols.to(OFFSET)[:, None] * k_strides[2] + dims.to(OFFSET)[None, :] * k_strides[3]
+    v_offsets = cols.to(OFFSET)[:, None] * v_strides[2] + value_dims.to(OFFSET)[None, :] * v_strides[3]
+    if BIAS != "":
+        bias_ptr += batch.to(tl.int64) * bias_strides[0] + heads.to(tl.int64)[:, None] * bias_strides[1]
+    slope = tl.load(slopes_ptr + batch * slopes_stride + heads)[:, None] if ALIBI else 0.0
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+
+    shift = k_len - q_len if BOTTOM_RIGHT else 0
+    rows = positions + shift
+    low, high = rows - left if LEFT else rows, tl.minimum(rows + right, k_len - 1) if RIGHT else rows * 0 + k_len - 1
+    last = tl.minimum(row0 + BLOCK_M - 1, q_len * PACK - 1) // PACK
+    begin, full_begin, full_end, end = visible_range(
+        row0 // PACK + shift, last + shift, left, right, k_len, LEFT, RIGHT, BLOCK_N
+    )
+    factor = LOG2E if SCALED else scale * LOG2E
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    for EDGE in tl.static_range(2):
+        # the edges are one loop: the tiles before the full ones, then those after them
+        skip = full_end - full_begin
+        for start in range(begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N):
+            if EDGE:
+                start -= tl.where(start < full_end, skip, 0)
+            at = start + cols
+            k = load_tile(k_ptr, k_batch, kv_head, first + start, k_offsets, k_strides[2], at < k_len,
+                          BLOCK_N, BLOCK_D, HEAD_DIM, EDGE, DESCRIPTOR)  # fmt: skip
+            x = tl.dot(q, k.T, input_precision=PRECISION)  # (M, N)
+            bias = load_bias(bias_ptr, positions[:, None], at[None, :], bias_strides, q_len, k_len, BIAS)
+            x, _ = scores(x, rows[:, None], at[None, :], bias, slope, scale, softcap, low[:, None], high[:, None],
+                          SCALED, SOFTCAP, ALIBI, BIAS, EDGE and LEFT, EDGE)  # fmt: skip
+            v = load_tile(v_ptr, k_batch, kv_head, first + start, v_offsets, v_strides[2], at < k_len,
+                          BLOCK_N, BLOCK_E, VALUE_DIM, EDGE, DESCRIPTOR)  # fmt: skip
+            if EDGE or (BIAS != ""):  # 0 x NaN would reach rows that do not see the NaN; those that do become NaN by their scores
+                v, spoiled = without_nonfinite(v)
+                x = tl.where(x == float("-inf"), x, x + spoiled[None, :])
+            p, m, l, alpha = online_softmax_step(x, m, l, factor, True, EDGE or (BIAS != ""))
+            if DROPOUT:
+                keep = kept(seed, positions[:, None], at[None, :], (batch * n_heads + heads)[:, None], dropout_p)
+                p = tl.where(keep, p, 0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+
+    if SINKS:
+        sink = tl.load(sinks_ptr + heads).to(tl.float32) * LOG2E
+        m_new = tl.maximum(m, sink)
+        alpha = tl.exp2(m - m_new)
+        m, l, acc = m_new, l * alpha + tl.exp2(sink - m_new), acc * alpha[:, None]
+    empty = l == 0
+    lse = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * LN2)
+    tl.store(lse_ptr + (q_batch * n_heads + heads).to(tl.int64) * q_total + q_first + positions, lse, mask=in_rows)
+    o = acc * (1 / tl.where(empty, 1.0, l * (1 - dropout_p) if DROPOUT else l))[:, None]
+    o_at = offset((q_batch, heads[:, None], (q_first + positions)[:, None], value_dims[None, :]), o_strides)
+    in_o = in_rows[:, None] & (value_dims < VALUE_DIM)[None, :]
+    tl.store(o_ptr + o_at, o.to(o_ptr.dtype.element_ty), mask=in_o)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def attention_backward_dq_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, delta_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr,
+    seed_ptr, q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, dlse_strides, bias_strides,
+    slopes_stride, n_heads, q_total, k_total, max_q, scale, left, right, softcap, dropout_p,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, DLSE: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dq = ds k for BLOCK_M queries, ds = p (do v^T - delta) scale; and delta = sum_e o do - dlse for the other kernels.
+
+    DLSE: the gradient of lse is there, (B, H, Sq) with dlse_strides.
+    """
+    tile, head, batch = program(n_heads, tl.cdiv(max_q, BLOCK_M), RIGHT)
+    q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
+    k_batch, k_first, k_len = sequence(cu_k_ptr, batch, k_total, PACKED)
+    row0 = tile * BLOCK_M
+    if row0 >= q_len:
+        return
+    kv_head = head // GROUP
+    positions = row0 + tl.arange(0, BLOCK_M)
+    in_rows = positions < q_len
+    cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    q_rows = (q_first + positions)[:, None]
+    in_q, in_o = in_rows[:, None] & (dims < HEAD_DIM)[None, :], in_rows[:, None] & (value_dims < VALUE_DIM)[None, :]
+    q = tl.load(q_ptr + offset((q_batch, head, q_rows, dims[None, :]), q_strides), mask=in_q, other=0.0)
+    do = tl.load(do_ptr + offset((q_batch, head, q_rows, value_dims[None, :]), do_strides), mask=in_o, other=0.0)
+    o = tl.load(o_ptr + offset((q_batch, head, q_rows, value_dims[None, :]), o_strides), mask=in_o, other=0.0)
+    row_at = (q_batch * n_heads + head).to(tl.int64) * q_total + q_first + positions  # in lse and delta
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if DLSE:
+        dlse_at = q_batch.to(tl.int64) * dlse_strides[0] + head.to(tl.int64) * dlse_strides[1]
+        delta -= tl.load(dlse_ptr + dlse_at + (q_first + positions).to(tl.int64) * dlse_strides[2], mask=in_rows, other=0.0)
+    tl.store(delta_ptr + row_at, delta, mask=in_rows)
+    lse = tl.load(lse_ptr + row_at, mask=in_rows, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row that saw nothing: exp2(x - inf) = 0
+
+    k_ptr += offset((k_batch, kv_head, k_first, 0), k_strides)
+    v_ptr += offset((k_batch, kv_head, k_first, 0), v_strides)
+    k_offsets = cols.to(OFFSET)[:, None] * k_strides[2] + dims.to(OFFSET)[None, :] * k_strides[3]
+    v_offsets = cols.to(OFFSET)[:, None] * v_strides[2] + value_dims.to(OFFSET)[None, :] * v_strides[3]
+    if BIAS != "":
+        bias_ptr += batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
+    slope = tl.load(slopes_ptr + batch * slopes_stride + head) if ALIBI else 0.0
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+
+    shift = k_len - q_len if BOTTOM_RIGHT else 0
+    rows = positions + shift
+    low, high = rows - left if LEFT else rows, tl.minimum(rows + right, k_len - 1) if RIGHT else rows * 0 + k_len - 1
+    begin, full_begin, full_end, end = visible_range(
+        row0 + shift, tl.minimum(row0 + BLOCK_M, q_len) - 1 + shift, left, right, k_len, LEFT, RIGHT, BLOCK_N
+    )
+    factor = LOG2E if SCALED else scale * LOG2E
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for EDGE in tl.static_range(2):
+        skip = full_end - full_begin
+        for start in range(begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N):
+            if EDGE:
+                start -= tl.where(start < full_end, skip, 0)
+            at = start + cols
+            k = load_tile(k_ptr, 0, 0, start, k_offsets, k_strides[2], at < k_len, BLOCK_N, BLOCK_D, HEAD_DIM, EDGE)
+            v = load_tile(v_ptr, 0, 0, start, v_offsets, v_strides[2], at < k_len, BLOCK_N, BLOCK_E, VALUE_DIM, EDGE)
+            x = tl.dot(q, k.T, input_precision=PRECISION)  # (M, N)
+            bias = load_bias(bias_ptr, positions[:, None], at[None, :], bias_strides, q_len, k_len, BIAS)
+            x, slope_of_cap = scores(x, rows[:, None], at[None, :], bias, slope, scale, softcap, low[:, None],
+                                     high[:, None], SCALED, SOFTCAP, ALIBI, BIAS, EDGE and LEFT, EDGE)  # fmt: skip
+            p = tl.exp2(x * factor - lse[:, None])
+            dp = tl.dot(do, v.T, input_precision=PRECISION)
+            if DROPOUT:
+                keep = kept(seed, positions[:, None], at[None, :], batch * n_heads + head, dropout_p)
+                dp = tl.where(keep, dp * (1 / (1 - dropout_p)), 0.0)
+            ds = p * (dp - delta[:, None])
+            if SOFTCAP:
+                ds *= slope_of_cap
+            if EDGE or (BIAS != ""):  # what is hidden takes no part, whatever is in k and v there
+                ds = tl.where(p == 0, 0.0, ds)
+                k, _ = without_nonfinite(k)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    dq_at = offset((q_batch, head, q_rows, dims[None, :]), dq_strides)
+    tl.store(dq_ptr + dq_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=in_q)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def attention_backward_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
+    q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, bias_strides, slopes_stride,
+    n_heads, q_total, k_total, max_k, scale, left, right, softcap, dropout_p,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dk = ds^T q and dv = p^T do for BLOCK_N keys of a key head, summed over its query heads.
+
+    Scores are computed transposed, k q^T, so that p^T and ds^T are the left operands of the products as they come.
+    """
+    tile, kv_head, batch = program(n_heads // GROUP, tl.cdiv(max_k, BLOCK_N), LEFT and not RIGHT)
+    q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
+    k_batch, k_first, k_len = sequence(cu_k_ptr, batch, k_total, PACKED)
+    col0 = tile * BLOCK_N
+    if col0 >= k_len:
+        return
+    cols = col0 + tl.arange(0, BLOCK_N)
+    rows, dims, value_dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    in_cols = cols < k_len
+    k_rows = (k_first + cols)[:, None]
+    in_k, in_v = in_cols[:, None] & (dims < HEAD_DIM)[None, :], in_cols[:, None] & (value_dims < VALUE_DIM)[None, :]
+    k = tl.load(k_ptr + offset((k_batch, kv_head, k_rows, dims[None, :]), k_strides), mask=in_k, other=0.0)
+    v = tl.load(v_ptr + offset((k_batch, kv_head, k_rows, value_dims[None, :]), v_strides), mask=in_v, other=0.0)
+    q_offsets = rows.to(OFFSET)[:, None] * q_strides[2] + dims.to(OFFSET)[None, :] * q_strides[3]
+    do_offsets = rows.to(OFFSET)[:, None] * do_strides[2] + value_dims.to(OFFSET)[None, :] * do_strides[3]
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+
+    # seen from the keys: key j is seen by the queries j - shift - right .. j - shift + left
+    shift = k_len - q_len if BOTTOM_RIGHT else 0
+    begin, full_begin, full_end, end = visible_range(
+        col0 - shift, tl.minimum(col0 + BLOCK_N, k_len) - 1 - shift, right, left, q_len, RIGHT, LEFT, BLOCK_M
+    )
+    factor = LOG2E if SCALED else scale * LOG2E
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        head_q_ptr = q_ptr + offset((q_batch, head, q_first, 0), q_strides)
+        head_do_ptr = do_ptr + offset((q_batch, head, q_first, 0), do_strides)
+        row_at = (q_batch * n_heads + head).to(tl.int64) * q_total + q_first
+        slope = tl.load(slopes_ptr + batch * slopes_stride + head) if ALIBI else 0.0
+        head_bias_ptr = bias_ptr
+        if BIAS != "":
+            head_bias_ptr += batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
+        for EDGE in tl.static_range(2):
+            skip = full_end - full_begin
+            for start in range(begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_M):
+                if EDGE:
+                    start -= tl.where(start < full_end, skip, 0)
+                at = start + rows
+                in_rows = at < q_len
+                q = load_tile(head_q_ptr, 0, 0, start, q_offsets, q_strides[2], in_rows, BLOCK_M, BLOCK_D, HEAD_DIM, EDGE)
+                do = load_tile(head_do_ptr, 0, 0, start, do_offsets, do_strides[2], in_rows, BLOCK_M, BLOCK_E, VALUE_DIM, EDGE)
+                lse = tl.load(lse_ptr + row_at + at, mask=in_rows, other=float("-inf"))
+                delta = tl.load(delta_ptr + row_at + at, mask=in_rows, other=0.0)
+                lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+                xt = tl.dot(k, q.T, input_precision=PRECISION)  # (N, M)
+                bias = load_bias(head_bias_ptr, at[None, :], cols[:, None], bias_strides, q_len, k_len, BIAS)
+                query = (at + shift)[None, :]
+                xt, slope_of_cap = scores(xt, query, cols[:, None], bias, slope, scale, softcap,
+                                          query - left if LEFT else 0, query + right if RIGHT else 0, SCALED, SOFTCAP,
+                                          ALIBI, BIAS, EDGE and LEFT, EDGE and RIGHT)  # fmt: skip
+                pt = tl.exp2(xt * factor - lse[None, :])
+                dpt = tl.dot(v, do.T, input_precision=PRECISION)
+                kept_pt = pt
+                if DROPOUT:
+                    keep = kept(seed, at[None, :], cols[:, None], batch * n_heads + head, dropout_p)
+                    kept_pt = tl.where(keep, pt * (1 / (1 - dropout_p)), 0.0)
+                    dpt = tl.where(keep, dpt * (1 / (1 - dropout_p)), 0.0)
+                dv = tl.dot(kept_pt.to(do.dtype), do, dv, input_precision=PRECISION)
+                dst = pt * (dpt - delta[None, :])
+                if SOFTCAP:
+                    dst *= slope_of_cap
+                if EDGE or (BIAS != ""):
+                    dst = tl.where(pt == 0, 0.0, dst)
+                dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk_at = offset((k_batch, kv_head, k_rows, dims[None, :]), dk_strides)
+    dv_at = offset((k_batch, kv_head, k_rows, value_dims[None, :]), dv_strides)
+    tl.store(dk_ptr + dk_at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=in_k)
+    tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=in_v)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def attention_backward_bias_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, dbias_ptr, lse_ptr, delta_ptr, bias_ptr, slopes_ptr, seed_ptr,
+    q_strides, k_strides, v_strides, do_strides, dbias_strides, bias_strides, slopes_stride,
+    n_batch, n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, SUM: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dbias = p (do v^T - delta) in a tile, summed over the dimensions of (B, H, Sq, Sk) that the bias broadcasts.
+
+    SUM: for each of the four whether it does. dbias: the bias's shape, float32; a program writes what is its own, and
+    walks in a fixed order through what it sums, which is why no atomics are needed.
+    """
+    # a dimension of the grid is 1 where the program sums over it
+    grid_q, grid_k = 1 if SUM[2] else tl.cdiv(q_total, BLOCK_M), 1 if SUM[3] else tl.cdiv(k_total, BLOCK_N)
+    grid_h = 1 if SUM[1] else n_heads
+    pid = tl.program_id(0)
+    own_k, own_q, own_h, own_b = pid % grid_k, pid // grid_k % grid_q, pid // (grid_k * grid_q) % grid_h, pid // (
+        grid_k * grid_q * grid_h
+    )
+    count_q, count_k = tl.cdiv(q_total, BLOCK_M) if SUM[2] else 1, tl.cdiv(k_total, BLOCK_N) if SUM[3] else 1
+    count_h, count_b = n_heads if SUM[1] else 1, n_batch if SUM[0] else 1
+    dims, value_dims = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_E)[None, :]
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    shift = k_total - q_total if BOTTOM_RIGHT else 0
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in range(count_b * count_h * count_q * count_k):
+        rows = (own_q + i // count_k % count_q) * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = (own_k + i % count_k) * BLOCK_N + tl.arange(0, BLOCK_N)
+        head = own_h + i // (count_k * count_q) % count_h
+        batch = own_b + i // (count_k * count_q * count_h)
+        in_rows, in_cols = (rows < q_total)[:, None], (cols < k_total)[:, None]
+        q_at, k_at = offset((batch, head, rows[:, None], dims), q_strides), offset((batch, head // GROUP, cols[:, None], dims), k_strides)
+        q = tl.load(q_ptr + q_at, mask=in_rows & (dims < HEAD_DIM), other=0.0)
+        k = tl.load(k_ptr + k_at, mask=in_cols & (dims < HEAD_DIM), other=0.0)
+        do_at, v_at = offset((batch, head, rows[:, None], value_dims), do_strides), offset((batch, head // GROUP, cols[:, None], value_dims), v_strides)
+        do = tl.load(do_ptr + do_at, mask=in_rows & (value_dims < VALUE_DIM), other=0.0)
+        v = tl.load(v_ptr + v_at, mask=in_cols & (value_dims < VALUE_DIM), other=0.0)
+        row_at = (batch * n_heads + head).to(tl.int64) * q_total + rows
+        lse = tl.load(lse_ptr + row_at, mask=rows < q_total, other=float("-inf"))
+        delta = tl.load(delta_ptr + row_at, mask=rows < q_total, other=0.0)
+        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+        slope = tl.load(slopes_ptr + batch * slopes_stride + head) if ALIBI else 0.0
+        head_bias_ptr = bias_ptr + batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
+        bias = load_bias(head_bias_ptr, rows[:, None], cols[None, :], bias_strides, q_total, k_total, "add")
+        low = rows + shift - left if LEFT else rows
+        high = tl.minimum(rows + shift + right, k_total - 1) if RIGHT else rows * 0 + k_total - 1
+        x, _ = scores(tl.dot(q, k.T, input_precision=PRECISION), (rows + shift)[:, None], cols[None, :], bias, slope,
+                      scale, softcap, low[:, None], high[:, None], True, SOFTCAP, ALIBI, "add", LEFT, True)  # fmt: skip
+        p = tl.exp2(x * LOG2E - lse[:, None])
+        dp = tl.dot(do, v.T, input_precision=PRECISION)
+        if DROPOUT:
+            keep = kept(seed, rows[:, None], cols[None, :], batch * n_heads + head, dropout_p)
+            dp = tl.where(keep, dp * (1 / (1 - dropout_p)), 0.0)
+        dbias += tl.where(p == 0, 0.0, p * (dp - delta[:, None]))
+    own_rows, own_cols = own_q * BLOCK_M + tl.arange(0, BLOCK_M), own_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    if SUM[2]:
+        dbias = tl.sum(dbias, 0, keep_dims=True)
+        own_rows = tl.zeros((1,), tl.int32)
+    if SUM[3]:
+        dbias = tl.sum(dbias, 1, keep_dims=True)
+        own_cols = tl.zeros((1,), tl.int32)
+    at = offset((own_b, own_h, own_rows[:, None], own_cols[None, :]), dbias_strides)
+    inside = (own_rows < (1 if SUM[2] else q_total))[:, None] & (own_cols < (1 if SUM[3] else k_total))[None, :]
+    tl.store(dbias_ptr + at, dbias.to(dbias_ptr.dtype.element_ty), mask=inside)
