@@ -22,13 +22,12 @@ from .common import LN2, LOG2E, online_softmax_step
 
 
 @triton.jit
-def program(n_heads, n_tiles, REVERSE: tl.constexpr):
+def program(REVERSE: tl.constexpr):
     """Tile, head and batch of this program. The tiles of a head are neighbours: they share its keys in L2."""
-    pid = tl.program_id(0)
-    tile, head = pid % n_tiles, pid // n_tiles
+    tile = tl.program_id(0)
     if REVERSE:  # the tiles with most to do go first, so that no long one is left at the end
-        tile = n_tiles - 1 - tile
-    return tile, head % n_heads, head // n_heads
+        tile = tl.num_programs(0) - 1 - tile
+    return tile, tl.program_id(1), tl.program_id(2)
 
 
 @triton.jit
@@ -63,6 +62,15 @@ def visible_range(first, last, before, after, length, BEFORE: tl.constexpr, AFTE
 
 
 @triton.jit
+def afresh(x, PTX: tl.constexpr):
+    """x, but what is computed from it is computed again rather than kept in registers through a loop."""
+    if PTX:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        return x
+
+
+@triton.jit
 def offset(index, strides):
     """Offset in elements of (batch, head, position, dim); int64 before the first multiplication."""
     b, h, s, d = index
@@ -89,6 +97,28 @@ def load_tile(source, batch, head, start, offsets, stride, in_rows, ROWS: tl.con
             return tl.load(tile_ptr)
         else:
             return tl.load(tile_ptr, mask=in_dims, other=0.0)
+
+
+@triton.jit
+def load_stats(pointer, rows, in_rows, EDGE: tl.constexpr):
+    """base and delta of rows, from pairs in memory: one access, and side by side in the registers of a lane."""
+    pairs_ptr = pointer + 2 * rows[:, None] + tl.arange(0, 2)[None, :]
+    if EDGE:
+        # base inf: a probability of 0 where there is no query
+        return tl.split(tl.load(pairs_ptr, mask=in_rows[:, None], other=float("inf")))
+    else:
+        return tl.split(tl.load(pairs_ptr))
+
+
+@triton.jit
+def without_nonfinite(tile):
+    """The tile with rows of zeros in place of those that hold a NaN or inf, and (ROWS,) NaN for these, else 0.
+
+    Added to the scores before the mask, the NaN reaches the queries that see such a key. The key itself must go,
+    because 0 x NaN would reach the other queries of the tile as well.
+    """
+    spoiled = tl.where(tl.sum(tile.to(tl.float32) * 0.0, 1) == 0.0, 0.0, float("nan"))
+    return tl.where((spoiled == 0.0)[:, None], tile, 0.0), spoiled
 
 
 # ------------------------------------------------------------------------------------------- scores, masks, dropout
@@ -148,39 +178,31 @@ def kept(seed, rows, cols, head, dropout_p):
     return (word >> 8).to(tl.float32) * 5.9604644775390625e-08 >= dropout_p  # 2^-24
 
 
-@triton.jit
-def without_nonfinite(tile):
-    """The tile with 0 for NaN and inf, and (ROWS,) NaN for the rows that had one, else 0."""
-    finite = tl.abs(tile.to(tl.float32)) < float("inf")
-    spoiled = tl.max((~finite).to(tl.int32), 1)
-    return tl.where(finite, tile, 0.0), tl.where(spoiled > 0, float("nan"), 0.0)
-
-
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
 # lengths and bounds vary from call to call, and knowing their divisors would change nothing
-VARYING = ("n_batch", "n_heads", "q_total", "k_total", "max_q", "max_k", "left", "right")
+VARYING = ("n_batch", "n_heads", "q_total", "k_total", "left", "right")
 
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, bias_ptr, slopes_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, lse_ptr, bias_ptr, slopes_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
     q_strides, k_strides, v_strides, o_strides, bias_strides, slopes_stride,
-    n_heads, q_total, k_total, max_q, scale, left, right, softcap, dropout_p,
+    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, PACKED: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr, OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr, PTX: tl.constexpr, OFFSET: tl.constexpr, ALIKE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(scores) v and lse = log sum exp(scores) for BLOCK_M rows.
 
     A row is a query, or (PACK > 1) one of PACK query heads that share a key head, at one position: few queries then
-    fill a tile, and read keys once. DESCRIPTOR: k_ptr and v_ptr are tensor descriptors. OFFSET: the integers that hold
+    fill a tile, and read keys once. DESCRIPTOR: k_desc and v_desc are tensor descriptors of k and v. OFFSET: the integers that hold
     offsets within a tile.
     """
-    tile, head0, batch = program(n_heads // PACK, tl.cdiv(max_q * PACK, BLOCK_M), RIGHT)
+    tile, head0, batch = program(RIGHT)
     q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
     k_batch, k_first, k_len = sequence(cu_k_ptr, batch, k_total, PACKED)
     row0 = tile * BLOCK_M
@@ -194,13 +216,10 @@ def attention_forward_kernel(
     q_at = offset((q_batch, heads[:, None], (q_first + positions)[:, None], dims[None, :]), q_strides)
     q = tl.load(q_ptr + q_at, mask=in_rows[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
 
-    first = k_first
-    if not DESCRIPTOR:
-        k_ptr += offset((k_batch, kv_head, k_first, 0), k_strides)
-        v_ptr += offset((k_batch, kv_head, k_first, 0), v_strides)
-        first *= 0
+    k_ptr += offset((k_batch, kv_head, k_first, 0), k_strides)
+    v_ptr += offset((k_batch, kv_head, k_first, 0), v_strides)
     k_offsets = cols.to(OFFSET)[:, None] * k_strides[2] + dims.to(OFFSET)[None, :] * k_strides[3]
-    v_offsets = cols.to(OFFSET)[:, None] * v_strides[2] + value_dims.to(OFFSET)[None, :] * v_strides[3]
+    v_offsets = k_offsets if ALIKE else cols.to(OFFSET)[:, None] * v_strides[2] + value_dims.to(OFFSET)[None, :] * v_strides[3]
     if BIAS != "":
         bias_ptr += batch.to(tl.int64) * bias_strides[0] + heads.to(tl.int64)[:, None] * bias_strides[1]
     slope = tl.load(slopes_ptr + batch * slopes_stride + heads)[:, None] if ALIBI else 0.0
@@ -220,21 +239,23 @@ def attention_forward_kernel(
     for EDGE in tl.static_range(2):
         # the edges are one loop: the tiles before the full ones, then those after them
         skip = full_end - full_begin
-        for start in range(begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N):
+        for start in tl.range(begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N,
+                              num_stages=1 if EDGE else None):
             if EDGE:
                 start -= tl.where(start < full_end, skip, 0)
             at = start + cols
-            k = load_tile(k_ptr, k_batch, kv_head, first + start, k_offsets, k_strides[2], at < k_len,
-                          BLOCK_N, BLOCK_D, HEAD_DIM, EDGE, DESCRIPTOR)  # fmt: skip
+            in_cols = at < k_len
+            k = load_tile(k_desc if DESCRIPTOR else k_ptr, k_batch, kv_head, k_first + start if DESCRIPTOR else start,
+                          k_offsets, k_strides[2], in_cols, BLOCK_N, BLOCK_D, HEAD_DIM, EDGE, DESCRIPTOR)  # fmt: skip
             x = tl.dot(q, k.T, input_precision=PRECISION)  # (M, N)
+            v = load_tile(v_desc if DESCRIPTOR else v_ptr, k_batch, kv_head, k_first + start if DESCRIPTOR else start,
+                          v_offsets, v_strides[2], in_cols, BLOCK_N, BLOCK_E, VALUE_DIM, EDGE, DESCRIPTOR)  # fmt: skip
+            if EDGE or (BIAS != ""):
+                v, spoiled = without_nonfinite(v)
+                x += spoiled[None, :]
             bias = load_bias(bias_ptr, positions[:, None], at[None, :], bias_strides, q_len, k_len, BIAS)
             x, _ = scores(x, rows[:, None], at[None, :], bias, slope, scale, softcap, low[:, None], high[:, None],
                           SCALED, SOFTCAP, ALIBI, BIAS, EDGE and LEFT, EDGE)  # fmt: skip
-            v = load_tile(v_ptr, k_batch, kv_head, first + start, v_offsets, v_strides[2], at < k_len,
-                          BLOCK_N, BLOCK_E, VALUE_DIM, EDGE, DESCRIPTOR)  # fmt: skip
-            if EDGE or (BIAS != ""):  # 0 x NaN would reach rows that do not see the NaN; those that do become NaN by their scores
-                v, spoiled = without_nonfinite(v)
-                x = tl.where(x == float("-inf"), x, x + spoiled[None, :])
             p, m, l, alpha = online_softmax_step(x, m, l, factor, True, EDGE or (BIAS != ""))
             if DROPOUT:
                 keep = kept(seed, positions[:, None], at[None, :], (batch * n_heads + heads)[:, None], dropout_p)
@@ -246,6 +267,9 @@ def attention_forward_kernel(
         m_new = tl.maximum(m, sink)
         alpha = tl.exp2(m - m_new)
         m, l, acc = m_new, l * alpha + tl.exp2(sink - m_new), acc * alpha[:, None]
+    rows = afresh(row0, PTX) + tl.arange(0, BLOCK_M)
+    positions, heads = rows // PACK, head0 * PACK + rows % PACK
+    in_rows = positions < q_len
     empty = l == 0
     lse = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * LN2)
     tl.store(lse_ptr + (q_batch * n_heads + heads).to(tl.int64) * q_total + q_first + positions, lse, mask=in_rows)
@@ -257,20 +281,21 @@ def attention_forward_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, delta_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, stats_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr,
     seed_ptr, q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, dlse_strides, bias_strides,
-    slopes_stride, n_heads, q_total, k_total, max_q, scale, left, right, softcap, dropout_p,
+    slopes_stride, n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, DLSE: tl.constexpr,
-    PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr, PTX: tl.constexpr, OFFSET: tl.constexpr, ALIKE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """dq = ds k for BLOCK_M queries, ds = p (do v^T - delta) scale; and delta = sum_e o do - dlse for the other kernels.
+    """dq = ds k for BLOCK_M queries, ds = p (do v^T - delta) scale, where delta = sum_e o do - dlse.
 
+    For the other kernels it writes stats (B, H, Sq, 2) float32: base, where p = 2^(scores log2(e) - base), and delta.
     DLSE: the gradient of lse is there, (B, H, Sq) with dlse_strides.
     """
-    tile, head, batch = program(n_heads, tl.cdiv(max_q, BLOCK_M), RIGHT)
+    tile, head, batch = program(RIGHT)
     q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
     k_batch, k_first, k_len = sequence(cu_k_ptr, batch, k_total, PACKED)
     row0 = tile * BLOCK_M
@@ -286,18 +311,21 @@ def attention_backward_dq_kernel(
     do = tl.load(do_ptr + offset((q_batch, head, q_rows, value_dims[None, :]), do_strides), mask=in_o, other=0.0)
     o = tl.load(o_ptr + offset((q_batch, head, q_rows, value_dims[None, :]), o_strides), mask=in_o, other=0.0)
     row_at = (q_batch * n_heads + head).to(tl.int64) * q_total + q_first + positions  # in lse and delta
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    # the selection keeps a product from being contracted with the sum across lanes, after which lanes that hold copies
+    # of one sum would differ in the last bit
+    delta = tl.sum(tl.where(in_o, o.to(tl.float32) * do.to(tl.float32), 0.0), 1)
     if DLSE:
         dlse_at = q_batch.to(tl.int64) * dlse_strides[0] + head.to(tl.int64) * dlse_strides[1]
         delta -= tl.load(dlse_ptr + dlse_at + (q_first + positions).to(tl.int64) * dlse_strides[2], mask=in_rows, other=0.0)
-    tl.store(delta_ptr + row_at, delta, mask=in_rows)
     lse = tl.load(lse_ptr + row_at, mask=in_rows, other=float("-inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row that saw nothing: exp2(x - inf) = 0
+    base = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row that saw nothing: exp2(x - inf) = 0
+    tl.store(stats_ptr + 2 * row_at, base, mask=in_rows)
+    tl.store(stats_ptr + 2 * row_at + 1, delta, mask=in_rows)
 
     k_ptr += offset((k_batch, kv_head, k_first, 0), k_strides)
     v_ptr += offset((k_batch, kv_head, k_first, 0), v_strides)
     k_offsets = cols.to(OFFSET)[:, None] * k_strides[2] + dims.to(OFFSET)[None, :] * k_strides[3]
-    v_offsets = cols.to(OFFSET)[:, None] * v_strides[2] + value_dims.to(OFFSET)[None, :] * v_strides[3]
+    v_offsets = k_offsets if ALIKE else cols.to(OFFSET)[:, None] * v_strides[2] + value_dims.to(OFFSET)[None, :] * v_strides[3]
     if BIAS != "":
         bias_ptr += batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
     slope = tl.load(slopes_ptr + batch * slopes_stride + head) if ALIBI else 0.0
@@ -313,17 +341,25 @@ def attention_backward_dq_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for EDGE in tl.static_range(2):
         skip = full_end - full_begin
-        for start in range(begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N):
+        for start in tl.range(begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N,
+                              num_stages=1 if EDGE else None):
             if EDGE:
                 start -= tl.where(start < full_end, skip, 0)
             at = start + cols
-            k = load_tile(k_ptr, 0, 0, start, k_offsets, k_strides[2], at < k_len, BLOCK_N, BLOCK_D, HEAD_DIM, EDGE)
-            v = load_tile(v_ptr, 0, 0, start, v_offsets, v_strides[2], at < k_len, BLOCK_N, BLOCK_E, VALUE_DIM, EDGE)
+            in_cols = at < k_len
+            k = load_tile(k_desc if DESCRIPTOR else k_ptr, k_batch, kv_head, k_first + start if DESCRIPTOR else start,
+                          k_offsets, k_strides[2], in_cols, BLOCK_N, BLOCK_D, HEAD_DIM, EDGE, DESCRIPTOR)  # fmt: skip
+            if EDGE or (BIAS != ""):
+                k, spoiled = without_nonfinite(k)
             x = tl.dot(q, k.T, input_precision=PRECISION)  # (M, N)
+            if EDGE or (BIAS != ""):
+                x += spoiled[None, :]
             bias = load_bias(bias_ptr, positions[:, None], at[None, :], bias_strides, q_len, k_len, BIAS)
             x, slope_of_cap = scores(x, rows[:, None], at[None, :], bias, slope, scale, softcap, low[:, None],
                                      high[:, None], SCALED, SOFTCAP, ALIBI, BIAS, EDGE and LEFT, EDGE)  # fmt: skip
-            p = tl.exp2(x * factor - lse[:, None])
+            v = load_tile(v_desc if DESCRIPTOR else v_ptr, k_batch, kv_head, k_first + start if DESCRIPTOR else start,
+                          v_offsets, v_strides[2], in_cols, BLOCK_N, BLOCK_E, VALUE_DIM, EDGE, DESCRIPTOR)  # fmt: skip
+            p = tl.exp2(x * factor - base[:, None])
             dp = tl.dot(do, v.T, input_precision=PRECISION)
             if DROPOUT:
                 keep = kept(seed, positions[:, None], at[None, :], batch * n_heads + head, dropout_p)
@@ -331,29 +367,31 @@ def attention_backward_dq_kernel(
             ds = p * (dp - delta[:, None])
             if SOFTCAP:
                 ds *= slope_of_cap
-            if EDGE or (BIAS != ""):  # what is hidden takes no part, whatever is in k and v there
+            if EDGE or (BIAS != ""):  # what is hidden takes no part, whatever is in v there
                 ds = tl.where(p == 0, 0.0, ds)
-                k, _ = without_nonfinite(k)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    dq_at = offset((q_batch, head, q_rows, dims[None, :]), dq_strides)
+    positions = afresh(row0, PTX) + tl.arange(0, BLOCK_M)
+    in_q = (positions < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
+    dq_at = offset((q_batch, head, (q_first + positions)[:, None], dims[None, :]), dq_strides)
     tl.store(dq_ptr + dq_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=in_q)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_backward_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, stats_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, bias_strides, slopes_stride,
-    n_heads, q_total, k_total, max_k, scale, left, right, softcap, dropout_p,
+    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
+    OFFSET: tl.constexpr, ALIKE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dk = ds^T q and dv = p^T do for BLOCK_N keys of a key head, summed over its query heads.
 
     Scores are computed transposed, k q^T, so that p^T and ds^T are the left operands of the products as they come.
     """
-    tile, kv_head, batch = program(n_heads // GROUP, tl.cdiv(max_k, BLOCK_N), LEFT and not RIGHT)
+    tile, kv_head, batch = program(LEFT and not RIGHT)
     q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
     k_batch, k_first, k_len = sequence(cu_k_ptr, batch, k_total, PACKED)
     col0 = tile * BLOCK_N
@@ -367,7 +405,7 @@ def attention_backward_dkv_kernel(
     k = tl.load(k_ptr + offset((k_batch, kv_head, k_rows, dims[None, :]), k_strides), mask=in_k, other=0.0)
     v = tl.load(v_ptr + offset((k_batch, kv_head, k_rows, value_dims[None, :]), v_strides), mask=in_v, other=0.0)
     q_offsets = rows.to(OFFSET)[:, None] * q_strides[2] + dims.to(OFFSET)[None, :] * q_strides[3]
-    do_offsets = rows.to(OFFSET)[:, None] * do_strides[2] + value_dims.to(OFFSET)[None, :] * do_strides[3]
+    do_offsets = q_offsets if ALIKE else rows.to(OFFSET)[:, None] * do_strides[2] + value_dims.to(OFFSET)[None, :] * do_strides[3]
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     # seen from the keys: key j is seen by the queries j - shift - right .. j - shift + left
@@ -389,36 +427,44 @@ def attention_backward_dkv_kernel(
             head_bias_ptr += batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
         for EDGE in tl.static_range(2):
             skip = full_end - full_begin
-            for start in range(begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_M):
+            for start in tl.range(begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_M,
+                                  num_stages=1 if EDGE and not (LEFT or RIGHT) else None):
                 if EDGE:
                     start -= tl.where(start < full_end, skip, 0)
                 at = start + rows
                 in_rows = at < q_len
-                q = load_tile(head_q_ptr, 0, 0, start, q_offsets, q_strides[2], in_rows, BLOCK_M, BLOCK_D, HEAD_DIM, EDGE)
-                do = load_tile(head_do_ptr, 0, 0, start, do_offsets, do_strides[2], in_rows, BLOCK_M, BLOCK_E, VALUE_DIM, EDGE)
-                lse = tl.load(lse_ptr + row_at + at, mask=in_rows, other=float("-inf"))
-                delta = tl.load(delta_ptr + row_at + at, mask=in_rows, other=0.0)
-                lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+                q = load_tile(head_q_ptr, 0, 0, start, q_offsets, q_strides[2], in_rows,
+                              BLOCK_M, BLOCK_D, HEAD_DIM, EDGE)  # fmt: skip
+                do = load_tile(head_do_ptr, 0, 0, start, do_offsets, do_strides[2], in_rows,
+                              BLOCK_M, BLOCK_E, VALUE_DIM, EDGE)  # fmt: skip
+                base, delta = load_stats(stats_ptr + 2 * (row_at + start), rows, in_rows, EDGE)
                 xt = tl.dot(k, q.T, input_precision=PRECISION)  # (N, M)
                 bias = load_bias(head_bias_ptr, at[None, :], cols[:, None], bias_strides, q_len, k_len, BIAS)
                 query = (at + shift)[None, :]
                 xt, slope_of_cap = scores(xt, query, cols[:, None], bias, slope, scale, softcap,
                                           query - left if LEFT else 0, query + right if RIGHT else 0, SCALED, SOFTCAP,
                                           ALIBI, BIAS, EDGE and LEFT, EDGE and RIGHT)  # fmt: skip
-                pt = tl.exp2(xt * factor - lse[None, :])
-                dpt = tl.dot(v, do.T, input_precision=PRECISION)
+                pt = tl.exp2(xt * factor - base[None, :])
                 kept_pt = pt
                 if DROPOUT:
                     keep = kept(seed, at[None, :], cols[:, None], batch * n_heads + head, dropout_p)
                     kept_pt = tl.where(keep, pt * (1 / (1 - dropout_p)), 0.0)
-                    dpt = tl.where(keep, dpt * (1 / (1 - dropout_p)), 0.0)
                 dv = tl.dot(kept_pt.to(do.dtype), do, dv, input_precision=PRECISION)
-                dst = pt * (dpt - delta[None, :])
+                # delta can go in as the first value of the sum, and takes no registers and no subtraction of its own
+                dpt = tl.zeros((BLOCK_N, BLOCK_M), tl.float32) - (0.0 if DROPOUT else delta[None, :])
+                dpt = tl.dot(v, do.T, dpt, input_precision=PRECISION)
+                if DROPOUT:
+                    dpt = tl.where(keep, dpt * (1 / (1 - dropout_p)), 0.0)
+                dst = pt * (dpt - delta[None, :] if DROPOUT else dpt)
                 if SOFTCAP:
                     dst *= slope_of_cap
                 if EDGE or (BIAS != ""):
                     dst = tl.where(pt == 0, 0.0, dst)
                 dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION)
+    cols = afresh(col0, PTX) + tl.arange(0, BLOCK_N)
+    in_cols = cols < k_len
+    k_rows = (k_first + cols)[:, None]
+    in_k, in_v = in_cols[:, None] & (dims < HEAD_DIM)[None, :], in_cols[:, None] & (value_dims < VALUE_DIM)[None, :]
     dk_at = offset((k_batch, kv_head, k_rows, dims[None, :]), dk_strides)
     dv_at = offset((k_batch, kv_head, k_rows, value_dims[None, :]), dv_strides)
     tl.store(dk_ptr + dk_at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=in_k)
@@ -427,7 +473,7 @@ def attention_backward_dkv_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_backward_bias_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dbias_ptr, lse_ptr, delta_ptr, bias_ptr, slopes_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dbias_ptr, stats_ptr, bias_ptr, slopes_ptr, seed_ptr,
     q_strides, k_strides, v_strides, do_strides, dbias_strides, bias_strides, slopes_stride,
     n_batch, n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, SUM: tl.constexpr,
@@ -454,7 +500,8 @@ def attention_backward_bias_kernel(
     shift = k_total - q_total if BOTTOM_RIGHT else 0
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(count_b * count_h * count_q * count_k):
-        rows = (own_q + i // count_k % count_q) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first_row = (own_q + i // count_k % count_q) * BLOCK_M
+        rows = first_row + tl.arange(0, BLOCK_M)
         cols = (own_k + i % count_k) * BLOCK_N + tl.arange(0, BLOCK_N)
         head = own_h + i // (count_k * count_q) % count_h
         batch = own_b + i // (count_k * count_q * count_h)
@@ -465,10 +512,8 @@ def attention_backward_bias_kernel(
         do_at, v_at = offset((batch, head, rows[:, None], value_dims), do_strides), offset((batch, head // GROUP, cols[:, None], value_dims), v_strides)
         do = tl.load(do_ptr + do_at, mask=in_rows & (value_dims < VALUE_DIM), other=0.0)
         v = tl.load(v_ptr + v_at, mask=in_cols & (value_dims < VALUE_DIM), other=0.0)
-        row_at = (batch * n_heads + head).to(tl.int64) * q_total + rows
-        lse = tl.load(lse_ptr + row_at, mask=rows < q_total, other=float("-inf"))
-        delta = tl.load(delta_ptr + row_at, mask=rows < q_total, other=0.0)
-        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+        row_at = (batch * n_heads + head).to(tl.int64) * q_total + first_row
+        base, delta = load_stats(stats_ptr + 2 * row_at, tl.arange(0, BLOCK_M), rows < q_total, True)
         slope = tl.load(slopes_ptr + batch * slopes_stride + head) if ALIBI else 0.0
         head_bias_ptr = bias_ptr + batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
         bias = load_bias(head_bias_ptr, rows[:, None], cols[None, :], bias_strides, q_total, k_total, "add")
@@ -476,7 +521,7 @@ def attention_backward_bias_kernel(
         high = tl.minimum(rows + shift + right, k_total - 1) if RIGHT else rows * 0 + k_total - 1
         x, _ = scores(tl.dot(q, k.T, input_precision=PRECISION), (rows + shift)[:, None], cols[None, :], bias, slope,
                       scale, softcap, low[:, None], high[:, None], True, SOFTCAP, ALIBI, "add", LEFT, True)  # fmt: skip
-        p = tl.exp2(x * LOG2E - lse[:, None])
+        p = tl.exp2(x * LOG2E - base[:, None])
         dp = tl.dot(do, v.T, input_precision=PRECISION)
         if DROPOUT:
             keep = kept(seed, rows[:, None], cols[None, :], batch * n_heads + head, dropout_p)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,7 @@ def _torch_can(opts: Options) -> bool:
 
 
 def _torch_mask(q: Tensor, k: Tensor, opts: Options) -> tuple[bool, Tensor | None]:
-    """The call in torch's terms: causal, or else an additive mask in the query's dtype."""
+    """The call in torch's terms: causal, or else an additive mask, in float32 where the query's dtype has less digits."""
     q_len, k_len = q.shape[2], k.shape[2]
     bounded = opts.left is not None or opts.right is not None
     plain = opts.bias is None and opts.slopes is None
@@ -176,18 +177,19 @@ def _torch_mask(q: Tensor, k: Tensor, opts: Options) -> tuple[bool, Tensor | Non
         not bounded or (opts.left is None and opts.right == 0 and not (opts.bottom_right and q_len != k_len))
     ):
         return bounded, None
+    compute = torch.promote_types(q.dtype, torch.float32)
     mask = q.new_zeros(1, 1, q_len, k_len)
     if bounded or opts.slopes is not None:
         distance = torch.arange(q_len)[:, None] + (k_len - q_len if opts.bottom_right else 0) - torch.arange(k_len)
         if opts.slopes is not None:
             slopes = opts.slopes.view(-1, q.shape[1], 1, 1)
-            mask = (-slopes.to(torch.promote_types(q.dtype, torch.float32)) * distance.abs()).to(q.dtype)
+            mask = -slopes.to(compute) * distance.abs()
         if opts.left is not None:
             mask = mask.masked_fill(distance > opts.left, NEG_INF)
         if opts.right is not None:
             mask = mask.masked_fill(distance < -opts.right, NEG_INF)
     if opts.bias is not None:
-        mask = mask.masked_fill(~opts.bias, NEG_INF) if opts.bias.dtype == torch.bool else mask + opts.bias.to(q.dtype)
+        mask = mask.masked_fill(~opts.bias, NEG_INF) if opts.bias.dtype == torch.bool else mask + opts.bias
     return False, mask.expand(q.shape[0], q.shape[1], q_len, k_len)
 
 
@@ -234,7 +236,52 @@ def attention_tile(kernel: str, dim: int, element_size: int, rows: int, target: 
     dim: the longer head_dim, as a power of 2; rows: of the dimension that the grid is over. Chosen with
     `python -m benchmarks.compile_report`: nothing spills at these on the targets it knows.
     """
-    return Tile(64, 64, 4, 2)
+    row = next(i for i, most in enumerate((64, 128, 256, 512)) if dim <= most)
+    if element_size == 4:
+        table = WIDE_TILES[kernel]
+    else:
+        table = TILES.get(target, TILES["sm_80"])[kernel]
+    tile = table[min(row, len(table) - 1)]
+    if kernel == "forward" and rows < tile.block_m:  # few queries: no more rows than there are, as tensor cores allow
+        block_m = max(16, 1 << (rows - 1).bit_length())
+        tile = Tile(block_m, tile.block_n, max(1, min(4, tile.num_warps * block_m // tile.block_m)), tile.num_stages)
+    return tile
+
+
+# by head_dim up to 64, 128, 256 and (the forward) 512
+TILES = {
+    "sm_80": {
+        "forward": (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
+        "dq": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        "dkv": (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 8, 2)),
+        "bias": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    },
+    "sm_90": {
+        "forward": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
+        "dq": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 64, 8, 2)),
+        "dkv": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
+        "bias": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    },
+    "sm_100": {
+        "forward": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
+        "dq": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        "dkv": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
+        "bias": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    },
+    "gfx942": {
+        "forward": (Tile(128, 64, 4, 1), Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 16, 4, 1)),
+        "dq": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+        "dkv": (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
+        "bias": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    },
+}
+# float32 has twice the bytes, and where torch is not told otherwise its products are of the common arithmetic
+WIDE_TILES = {
+    "forward": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "dq": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "dkv": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "bias": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+}
 
 
 def _block(dim: int) -> int:
@@ -243,15 +290,16 @@ def _block(dim: int) -> int:
 
 
 def _target() -> str:
+    """What Triton compiles for: "sm_90", "gfx942", ... or "interpreter"."""
     import triton
 
     if triton.knobs.runtime.interpret:
-        return "sm_80"
+        return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-def _arguments(q: Tensor, k: Tensor, v: Tensor, opts: Options) -> dict[str, Any]:
+def _arguments(q: Tensor, k: Tensor, v: Tensor, opts: Options, target: str) -> dict[str, Any]:
     """What all the kernels take beside their tensors."""
     bias = "" if opts.bias is None else "mask" if opts.bias.dtype == torch.bool else "add"
     return {
@@ -268,6 +316,7 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, opts: Options) -> dict[str, Any]
         # the maximum of the products is that of the scores only if all that lies between them is a positive factor
         "SCALED": opts.softcap != 0 or opts.slopes is not None or bias == "add" or opts.scale <= 0,
         "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PTX": target.startswith("sm_"),
         "BLOCK_D": _block(q.shape[3]), "BLOCK_E": _block(v.shape[3]),
     }  # fmt: skip
 
@@ -286,11 +335,15 @@ def _of_tile(tile: Tile, *tensors: Tensor) -> dict[str, Any]:
     return {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
         "OFFSET": tl.int32 if most < 2**31 else tl.int64,
+        # tensors that lie alike share their offsets, and so registers
+        "ALIKE": len({(t.shape[3], *t.stride()[2:]) for t in tensors}) == 1,
     }  # fmt: skip
 
 
-def _descriptors(tile: Tile, *tensors: Tensor) -> list[Any] | None:
-    """Tensor descriptors for the TMA unit that load a tile of keys, where the tensors have what it asks for."""
+def _descriptors(target: str, rows: int, *tensors: Tensor) -> tuple[Any, Any] | None:
+    """Descriptors for the TMA unit to load tiles of so many rows, where there is one and the tensors suit it."""
+    if target not in ("sm_90", "sm_100"):
+        return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     for t in tensors:
@@ -301,8 +354,8 @@ def _descriptors(tile: Tile, *tensors: Tensor) -> list[Any] | None:
     found = []
     for t in tensors:
         strides = [t.stride(d) if t.shape[d] > 1 else max(16, t.shape[3]) for d in range(3)]
-        found.append(TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, tile.block_n, _block(t.shape[3])]))
-    return found
+        found.append(TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, _block(t.shape[3])]))
+    return found[0], found[1]
 
 
 def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -312,15 +365,16 @@ def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Ten
     out, lse = _forward_fake(q, k, v)
     if out.numel() == 0:
         return out, lse.fill_(NEG_INF)
-    arguments, target = _arguments(q, k, v, opts), _target()
+    target = _target()
+    arguments = _arguments(q, k, v, opts, target)
     group, n_batch = arguments["GROUP"], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
     # few queries: the query heads of a key head share a tile, and its keys are read once
     pack = group if opts.max_q * group <= 64 else 1
     rows = opts.max_q * pack
     tile = attention_tile("forward", max(arguments["BLOCK_D"], arguments["BLOCK_E"]), q.element_size(), rows, target)
-    descriptors = _descriptors(tile, k, v) if target in ("sm_90", "sm_100") else None
-    attention_forward_kernel[(-(-rows // tile.block_m) * (q.shape[1] // pack) * n_batch,)](
-        q, *(descriptors or (k, v)), out, lse, sinks_ptr=opts.sinks, o_strides=out.stride(), max_q=opts.max_q,
+    descriptors = _descriptors(target, tile.block_n, k, v)
+    attention_forward_kernel[(-(-rows // tile.block_m), q.shape[1] // pack, n_batch)](
+        q, k, v, *(descriptors or (None, None)), out, lse, sinks_ptr=opts.sinks, o_strides=out.stride(),
         PACK=pack, SINKS=opts.sinks is not None, DESCRIPTOR=descriptors is not None, **arguments, **_of_tile(tile, k, v),
     )  # fmt: skip
     return out, lse
@@ -341,20 +395,23 @@ def _backward_triton(
         for grad in grads:
             grad.zero_()
         return grads
-    arguments, target = _arguments(q, k, v, opts), _target()
+    target = _target()
+    arguments = _arguments(q, k, v, opts, target)
     dim, size = max(arguments["BLOCK_D"], arguments["BLOCK_E"]), q.element_size()
     n_heads, kv_heads, n_batch = q.shape[1], k.shape[1], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
-    delta = torch.empty_like(lse)
+    stats = lse.new_empty(*lse.shape, 2)
     tile = attention_tile("dq", dim, size, opts.max_q, target)
-    attention_backward_dq_kernel[(-(-opts.max_q // tile.block_m) * n_heads * n_batch,)](
-        q, k, v, o, do, dq, lse, dlse, delta, o_strides=o.stride(), do_strides=do.stride(), dq_strides=dq.stride(),
-        dlse_strides=(0, 0, 0) if dlse is None else dlse.stride(), max_q=opts.max_q, DLSE=dlse is not None,
+    descriptors = _descriptors(target, tile.block_n, k, v)
+    attention_backward_dq_kernel[(-(-opts.max_q // tile.block_m), n_heads, n_batch)](
+        q, k, v, *(descriptors or (None, None)), o, do, dq, lse, dlse, stats, o_strides=o.stride(), do_strides=do.stride(), dq_strides=dq.stride(),
+        dlse_strides=(0, 0, 0) if dlse is None else dlse.stride(), DLSE=dlse is not None,
+        DESCRIPTOR=descriptors is not None,
         **arguments, **_of_tile(tile, k, v),
     )  # fmt: skip
     tile = attention_tile("dkv", dim, size, opts.max_k, target)
-    attention_backward_dkv_kernel[(-(-opts.max_k // tile.block_n) * kv_heads * n_batch,)](
-        q, k, v, do, dk, dv, lse, delta, do_strides=do.stride(), dk_strides=dk.stride(), dv_strides=dv.stride(),
-        max_k=opts.max_k, **arguments, **_of_tile(tile, q, do),
+    attention_backward_dkv_kernel[(-(-opts.max_k // tile.block_n), kv_heads, n_batch)](
+        q, k, v, do, dk, dv, stats, do_strides=do.stride(), dk_strides=dk.stride(), dv_strides=dv.stride(),
+        **arguments, **_of_tile(tile, q, do),
     )  # fmt: skip
     if bias_grad:
         assert opts.bias is not None
@@ -363,12 +420,12 @@ def _backward_triton(
         blocks = (n_batch, n_heads, -(-q.shape[2] // tile.block_m), -(-k.shape[2] // tile.block_n))
         own = {name: value for name, value in arguments.items() if name in attention_backward_bias_kernel.arg_names}
         attention_backward_bias_kernel[(math.prod(1 if s else n for s, n in zip(summed, blocks, strict=True)),)](
-            q, k, v, do, dbias, lse, delta, do_strides=do.stride(), dbias_strides=_broadcast_strides(dbias),
+            q, k, v, do, dbias, stats, do_strides=do.stride(), dbias_strides=_broadcast_strides(dbias),
             n_batch=n_batch, SUM=summed, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
             num_stages=tile.num_stages, **own,
         )  # fmt: skip
     if opts.sinks is not None:  # a score whose value is 0: ds = p (0 - delta)
-        dsinks.copy_(-(torch.exp(opts.sinks.float()[:, None] - lse) * delta).sum((0, 2)))
+        dsinks.copy_(-(torch.exp(opts.sinks.float()[:, None] - lse) * stats[..., 1]).sum((0, 2)))
     return grads
 
 
@@ -470,7 +527,7 @@ def attention(
         bias = _check_bias(bias, query, key)
     if alibi_slopes is not None:
         _check_a_head("alibi_slopes", alibi_slopes, query, [(n_heads,), (n_batch, n_heads)])
-        alibi_slopes = alibi_slopes.float().contiguous()
+        alibi_slopes = alibi_slopes.detach().float().contiguous()
     if sinks is not None:
         _check_a_head("sinks", sinks, query, [(n_heads,)])
     for name, bound in (("left", left), ("right", right)):
@@ -648,10 +705,10 @@ def _window(window: Sequence[int | None] | None, name: str) -> tuple[int | None,
     """(left, right) with None for no bound, from a pair in which -1 also means none."""
     if window is None:
         return None, None
-    if isinstance(window, int) or len(window) != 2:
-        raise ValueError(f"{name} must be a pair (left, right) of numbers of keys, or -1 for no bound, got {window!r}")
-    left, right = (None if w == -1 else w for w in window)
-    for w in (left, right):
-        if w is not None and w < 0:
-            raise ValueError(f"{name} must hold numbers of keys at least 0, or -1 for no bound, got {window!r}")
+    try:
+        left, right = (None if w is None or operator.index(w) == -1 else operator.index(w) for w in window)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a pair (left, right) of integers, -1 for no bound, got {window!r}") from None
+    if (left or 0) < 0 or (right or 0) < 0:
+        raise ValueError(f"{name} must hold numbers of keys at least 0, or -1 for no bound, got {window!r}")
     return left, right
