@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lmops.models.gpt
 from lmops.engine.generation import GenerationStats, generate, generate_stream
 from lmops.models.gpt import GPT, GPTConfig
 
@@ -101,11 +102,9 @@ def test_generation_computes_only_the_logits_it_uses(llama):
 
 def test_no_mask_for_sequences_of_equal_length(llama, monkeypatch):
     masks: list[Tensor | None] = []
-    attention = torch.nn.functional.scaled_dot_product_attention
+    attention = lmops.models.gpt.attention
     monkeypatch.setattr(
-        torch.nn.functional,
-        "scaled_dot_product_attention",
-        lambda *args, attn_mask, **options: masks.append(attn_mask) or attention(*args, attn_mask=attn_mask, **options),
+        lmops.models.gpt, "attention", lambda *a, bias, **k: masks.append(bias) or attention(*a, bias=bias, **k)
     )
     generate(llama, [[1, 2, 3], [4, 5, 6]], max_new_tokens=4)
     assert masks == [None] * 4 * CONFIG.n_layers

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import lmops.models.gpt
 from lmops.models.gpt import GPT, GPTConfig, KVCache, Linear, RopeScaling, rope_frequencies, rope_tables, sinusoids
 
 SIZES = {"vocab_size": 61, "context_length": 48, "n_layers": 2, "n_heads": 4, "d_model": 32}
@@ -389,6 +390,26 @@ def test_left_padded_rows_are_as_if_alone(case):
                 torch.testing.assert_close(row[None, pad:], model(prompt), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", [None, [0, 3]])
+@pytest.mark.parametrize(("name", "visible"), [("llama", [7, 11, 12]), ("mistral", [7, 8, 5])])
+def test_a_mask_is_built_for_padding_alone(name, visible, padding, monkeypatch):
+    """None of (T, S): not for a window of 5, not for tokens behind a cache."""
+    masks: list[Tensor | None] = []
+    attention = lmops.models.gpt.attention
+    monkeypatch.setattr(
+        lmops.models.gpt, "attention", lambda *a, bias, **k: masks.append(bias) or attention(*a, bias=bias, **k)
+    )
+    model = make_model(CONFIGS[name])
+    tokens = random_tokens(model.config, 2, 12)
+    run_in_chunks(model, tokens, [7, 4, 1], padding)
+    assert len(masks) == 3 * model.config.n_layers
+    if padding is None:
+        assert masks == [None] * len(masks)
+    else:
+        assert [tuple(m.shape) for m in masks[:: model.config.n_layers]] == [(2, 1, 1, n) for n in visible]
+        assert (~masks[0][:, 0, 0]).nonzero().tolist() == [[1, 0], [1, 1], [1, 2]]
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rope_that_depends_on_the_length_depends_on_the_rows_own(kind):
     model = make_model(CONFIGS[kind])
@@ -489,10 +510,10 @@ def test_attention_residual_and_embedding_dropout_are_all_there(monkeypatch):
     """Each kind switched on alone changes the logits: attention weights, residual branches, embeddings."""
     config = GPTConfig(**SIZES, dropout=0.5)
     calls = []
-    attention = F.scaled_dot_product_attention
+    attention = lmops.models.gpt.attention
     dropout = F.dropout
     monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(k["dropout_p"]) or attention(*a, **k)
+        lmops.models.gpt, "attention", lambda *a, **k: calls.append(k["dropout_p"]) or attention(*a, **k)
     )
     monkeypatch.setattr(F, "dropout", lambda x, p: calls.append(p) or dropout(x, p))
     make_model(config).train()(random_tokens(config, 1, 8))
@@ -543,6 +564,23 @@ def test_bf16(name):
     scale = truth.square().mean().sqrt()
     for result in (logits, cached):
         assert (result - truth).square().mean().sqrt() < 0.02 * scale  # 2^-8 a rounding, a few of them in a row
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of any RMSNorm there
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_autocast(name, cached):
+    """Rotated queries and keys are float32 there, values bfloat16, and a cache has the dtype of the weights."""
+    model = make_model(CONFIGS[name])
+    tokens = random_tokens(model.config, 1, 12)
+    expected = model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = run_in_chunks(model, tokens, [8, 4]) if cached else model(tokens)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - expected).square().mean().sqrt() < 0.03 * expected.square().mean().sqrt()
+    if not cached:
+        logits.sum().backward()
+        assert model.blocks[0].attn.qkv.weight.grad.isfinite().all()
 
 
 def test_moving_and_casting_keeps_positions_and_ties():

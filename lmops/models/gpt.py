@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmops.models.config import GPTConfig, RopeScaling
+from lmops.ops.attention import attention
 
 __all__ = ["GPT", "GPTConfig", "KVCache", "RopeScaling"]
 
@@ -197,26 +198,30 @@ class Linear(nn.Linear):
         if n > 16 or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
         threads = torch.get_num_threads()
-        block = self.out_features // threads
+        block, rest = divmod(self.out_features, threads)
         if threads == 1 or not n or not block or x.dtype != torch.float32 or not torch.backends.mkl.is_available():
             return super().forward(x)
-        rows = x.reshape(n, self.in_features)
-        blocks = self.weight[: block * threads].view(threads, block, self.in_features)
-        y = torch.bmm(rows.expand(threads, n, -1), blocks.mT).transpose(0, 1).reshape(n, -1)
-        if block * threads < self.out_features:
-            y = torch.cat((y, F.linear(rows, self.weight[block * threads :])), dim=-1)
-        y = y.view(*x.shape[:-1], self.out_features)
+        rows = x.reshape(n, self.in_features).expand(threads, n, -1)
+        blocks = (self.weight[:-rest] if rest else self.weight).view(threads, block, self.in_features)
+        y = torch.bmm(rows, blocks.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
+        if rest:
+            y = torch.cat((y, F.linear(x, self.weight[-rest:])), dim=-1)
         return y if self.bias is None else y + self.bias
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with grouped key/value heads: softmax(q k^T / sqrt(D)) v."""
+    """Causal multi-head attention with grouped key/value heads: softmax(q k^T / sqrt(D)) v.
+
+    The last query belongs to the last key, so queries behind a cache, and a window, need no mask: the operator counts
+    the distance from there. A mask is for padding alone.
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.heads = (config.n_heads, config.n_kv_heads)
         self.head_dim = config.head_dim
+        self.left = None if config.attention_window is None else config.attention_window - 1
         self.dropout = config.dropout
         total_heads = config.n_heads + 2 * config.n_kv_heads
         self.qkv = Linear(config.d_model, total_heads * config.head_dim, bias=config.qkv_bias)
@@ -238,11 +243,11 @@ class Attention(nn.Module):
         q, k = qk.split((H, KV), dim=1)  # (B, H, T, D), (B, KV, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, KV, S, D)
-        is_causal = True if mask is None and T > 1 else False  # noqa: SIM210  # a bool also where T is symbolic
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=H != KV
-        )
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the rotated ones, or the cache, are in float32
+        y, _ = attention(
+            q, k, v, left=self.left, right=0, bottom_right=True, bias=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
         return self.out(y.transpose(1, 2).reshape(B, T, H * self.head_dim))
 
 
@@ -372,23 +377,11 @@ class GPT(nn.Module):
         return self.head(self.norm(x[:, -1:] if last_only else x))
 
     def _mask(self, T: int, cache: KVCache | None, device: torch.device) -> Tensor | None:
-        """(B or 1, 1, T, S), True where a query sees a key; None where it is plainly causal (T = 1: sees all S)."""
-        start, first = (0, 0) if cache is None else (cache.length, cache.first_visible)
-        window = self.config.attention_window
-        padding = None if cache is None else cache.padding
-        causal = start == 0 and (window is None or window >= T)
-        if padding is None and (T == 1 or causal):
+        """(B, 1, 1, S), True where a key is a token; None where no row is padded."""
+        if cache is None or cache.padding is None:
             return None
-        queries = torch.arange(start, start + T, device=device)[:, None]  # columns, (T, 1)
-        keys = torch.arange(first, start + T, device=device)  # (S,)
-        visible = keys <= queries
-        if window is not None:
-            visible = visible & (keys > queries - window)
-        if padding is None:
-            return visible[None, None]
-        # A padding column sees itself: no other sees it, and a softmax over no keys would be NaN.
-        visible = visible & (keys >= padding[:, None, None]) | (keys == queries)
-        return visible[:, None]
+        columns = torch.arange(cache.first_visible, cache.length + T, device=device)  # (S,)
+        return (columns >= cache.padding[:, None])[:, None, None]
 
     def _check(self, tokens: Tensor, cache: KVCache | None) -> None:
         if tokens.dim() != 2:
