@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmops.models.gpt import GPT, GPTConfig
 from lmops.modules import CrossAttention, SelfAttention
 from lmops.modules.attention import alibi_slopes
 from lmops.reference.attention import attention as reference
@@ -52,11 +53,13 @@ def cast(t, dtype: torch.dtype):
     return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
-def of_formula(layer, inputs: list[Tensor], dy: Tensor, dtype: torch.dtype, **options) -> list[Tensor]:
-    """Result, gradients of the inputs and of the parameters, in this dtype."""
+def of_formula(layer, inputs: list[Tensor], dy: Tensor, dtype: torch.dtype, lengths=None, **options) -> list[Tensor]:
+    """Result, gradients of the inputs and of the parameters, in this dtype. lengths: of sequences, a list an input."""
     inputs = [t.detach().cpu().to(dtype).requires_grad_() for t in inputs]
     state = {n: p.detach().cpu().to(dtype).requires_grad_() for n, p in layer.named_parameters()}
-    y = formula(layer, state, *inputs, **{name: cast(t, dtype) for name, t in options.items()})
+    options = {name: cast(t, dtype) for name, t in options.items()}
+    parts = [inputs] if lengths is None else zip(*map(Tensor.split, inputs, lengths, [1] * len(inputs)), strict=True)
+    y = torch.cat([formula(layer, state, *part, **options) for part in parts], 1)
     return [y, *torch.autograd.grad(y, [*inputs, *state.values()], dy.cpu().to(dtype))]
 
 
@@ -64,7 +67,8 @@ def check(path, layer, inputs: list[Tensor], called: dict | None = None, **optio
     """Result and all gradients against the formula in float64. called: what the layer itself is called with."""
     layer = randomize(layer).to(path.device)
     inputs = [t.to(path.device).requires_grad_() for t in inputs]
-    y = layer(*inputs, **{name: t.to(path.device) for name, t in (called or {}).items()})
+    called = {name: t.to(path.device) if isinstance(t, Tensor) else t for name, t in (called or {}).items()}
+    y = layer(*inputs, **called)
     dy = torch.randn(y.shape)
     actual = [y, *torch.autograd.grad(y, [*inputs, *layer.parameters()], dy.to(path.device))]
     truth = of_formula(layer, inputs, dy, torch.float64, **options)
@@ -118,28 +122,19 @@ def test_cross_attention(path, features):
     check(path, layer, inputs, {"key_padding": key_padding}, bias=key_padding[:, None, None], slopes=slopes)
 
 
-@pytest.mark.parametrize("longest", ["given", "found"])
+def packed(lengths: list[int]) -> Tensor:
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+
+
+@pytest.mark.parametrize("longest", [{}, {"max_seqlen": 11, "max_seqlen_memory": 9}], ids=["found", "given"])
 def test_packed_sequences(path, longest):
-    """Each as if alone, in result and gradient; self-attention without a batch dimension, cross-attention with."""
+    """Each as if alone, in result and gradient."""
     lengths, memory_lengths = [5, 1, 11], [3, 9, 2]
-    cu, cu_memory = (F.pad(torch.tensor(n).cumsum(0), (1, 0)).int().to(path.device) for n in (lengths, memory_lengths))
-    for layer in (SelfAttention(32, 2, causal=True), CrossAttention(32, 2)):
-        layer = randomize(layer).to(path.device)
-        cross = isinstance(layer, CrossAttention)
-        x = torch.randn(17, 32, device=path.device, requires_grad=True)
-        memory = torch.randn(14, 32, device=path.device, requires_grad=True)
-        options = {"cu_seqlens": cu} | ({"cu_seqlens_memory": cu_memory} if cross else {})
-        if longest == "given":
-            options |= {"max_seqlen": 11} | ({"max_seqlen_memory": 9} if cross else {})
-        y = layer(x[None], memory[None], **options)[0] if cross else layer(x, **options)
-        parts = zip(x.split(lengths), memory.split(memory_lengths), strict=True)
-        alone = torch.cat([layer(a, b) if cross else layer(a) for a, b in parts])
-        wanted = [x, *layer.parameters(), *([memory] if cross else [])]
-        dy = torch.randn_like(y)
-        torch.testing.assert_close(y, alone)
-        of_y, of_alone = torch.autograd.grad(y, wanted, dy), torch.autograd.grad(alone, wanted, dy)
-        for a, b in zip(of_y, of_alone, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    called = {"cu_seqlens": packed(lengths)} | {n: longest[n] for n in longest if n == "max_seqlen"}
+    check(path, SelfAttention(32, 2, causal=True), [torch.randn(1, 17, 32)], called, lengths=[lengths])
+    called |= {"cu_seqlens_memory": packed(memory_lengths)} | longest
+    inputs = [torch.randn(1, 17, 32), torch.randn(1, 14, 24)]
+    check(path, CrossAttention(32, 2, 24), inputs, called, lengths=[lengths, memory_lengths])
 
 
 # ------------------------------------------------------------------------------------- torch.nn.MultiheadAttention
@@ -376,6 +371,24 @@ def test_states_and_copies(make, tmp_path):
         assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in layer.parameters()}
     assert torch.equal(layer.to(torch.float64)(*[t.double() for t in inputs]).float(), expected) is False
     torch.testing.assert_close(layer(*[t.double() for t in inputs]).float(), expected)
+
+
+def test_the_weights_of_gpts_layers_fit():
+    config = GPTConfig(
+        vocab_size=7,
+        context_length=9,
+        n_layers=1,
+        n_heads=4,
+        n_kv_heads=2,
+        d_model=32,
+        positions="none",
+        attention_window=3,
+    )
+    theirs = randomize(GPT(config).blocks[0].attn)
+    ours = SelfAttention(32, 4, n_kv_heads=2, causal=True, window=(2, 0))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 9, 32)
+    assert torch.equal(ours(x), theirs(x, rope=None, mask=None, cache=None))
 
 
 def test_meta_device(make):
