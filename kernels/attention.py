@@ -53,8 +53,8 @@ def visible_range(first, last, before, after, length, BEFORE: tl.constexpr, AFTE
         begin = tl.maximum(first - before, 0)
         full_begin = tl.maximum(last - before, 0)
     if AFTER:
-        end = tl.maximum(tl.minimum(last + after + 1, length), 0)
-        full_end = tl.maximum(tl.minimum(first + after + 1, length), 0)
+        end = tl.minimum(tl.maximum(last + after + 1, 0), length)
+        full_end = tl.minimum(tl.maximum(first + after + 1, 0), length)
     begin = tl.minimum(begin // BLOCK * BLOCK, end)
     full_begin = tl.maximum(tl.minimum(tl.cdiv(full_begin, BLOCK) * BLOCK, end), begin)
     full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
@@ -219,7 +219,9 @@ def attention_forward_kernel(
     k_ptr += offset((k_batch, kv_head, k_first, 0), k_strides)
     v_ptr += offset((k_batch, kv_head, k_first, 0), v_strides)
     k_offsets = cols.to(OFFSET)[:, None] * k_strides[2] + dims.to(OFFSET)[None, :] * k_strides[3]
-    v_offsets = k_offsets if ALIKE else cols.to(OFFSET)[:, None] * v_strides[2] + value_dims.to(OFFSET)[None, :] * v_strides[3]
+    v_offsets = (
+        k_offsets if ALIKE else cols.to(OFFSET)[:, None] * v_strides[2] + value_dims.to(OFFSET)[None, :] * v_strides[3]
+    )
     if BIAS != "":
         bias_ptr += batch.to(tl.int64) * bias_strides[0] + heads.to(tl.int64)[:, None] * bias_strides[1]
     slope = tl.load(slopes_ptr + batch * slopes_stride + heads)[:, None] if ALIBI else 0.0
@@ -239,8 +241,9 @@ def attention_forward_kernel(
     for EDGE in tl.static_range(2):
         # the edges are one loop: the tiles before the full ones, then those after them
         skip = full_end - full_begin
-        for start in tl.range(begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N,
-                              num_stages=1 if EDGE else None):
+        for start in tl.range(
+            begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N, num_stages=1 if EDGE else None
+        ):
             if EDGE:
                 start -= tl.where(start < full_end, skip, 0)
             at = start + cols
@@ -316,7 +319,9 @@ def attention_backward_dq_kernel(
     delta = tl.sum(tl.where(in_o, o.to(tl.float32) * do.to(tl.float32), 0.0), 1)
     if DLSE:
         dlse_at = q_batch.to(tl.int64) * dlse_strides[0] + head.to(tl.int64) * dlse_strides[1]
-        delta -= tl.load(dlse_ptr + dlse_at + (q_first + positions).to(tl.int64) * dlse_strides[2], mask=in_rows, other=0.0)
+        delta -= tl.load(
+            dlse_ptr + dlse_at + (q_first + positions).to(tl.int64) * dlse_strides[2], mask=in_rows, other=0.0
+        )
     lse = tl.load(lse_ptr + row_at, mask=in_rows, other=float("-inf"))
     base = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row that saw nothing: exp2(x - inf) = 0
     tl.store(stats_ptr + 2 * row_at, base, mask=in_rows)
@@ -325,7 +330,9 @@ def attention_backward_dq_kernel(
     k_ptr += offset((k_batch, kv_head, k_first, 0), k_strides)
     v_ptr += offset((k_batch, kv_head, k_first, 0), v_strides)
     k_offsets = cols.to(OFFSET)[:, None] * k_strides[2] + dims.to(OFFSET)[None, :] * k_strides[3]
-    v_offsets = k_offsets if ALIKE else cols.to(OFFSET)[:, None] * v_strides[2] + value_dims.to(OFFSET)[None, :] * v_strides[3]
+    v_offsets = (
+        k_offsets if ALIKE else cols.to(OFFSET)[:, None] * v_strides[2] + value_dims.to(OFFSET)[None, :] * v_strides[3]
+    )
     if BIAS != "":
         bias_ptr += batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
     slope = tl.load(slopes_ptr + batch * slopes_stride + head) if ALIBI else 0.0
@@ -341,8 +348,9 @@ def attention_backward_dq_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for EDGE in tl.static_range(2):
         skip = full_end - full_begin
-        for start in tl.range(begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N,
-                              num_stages=1 if EDGE else None):
+        for start in tl.range(
+            begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N, num_stages=1 if EDGE else None
+        ):
             if EDGE:
                 start -= tl.where(start < full_end, skip, 0)
             at = start + cols
@@ -405,7 +413,11 @@ def attention_backward_dkv_kernel(
     k = tl.load(k_ptr + offset((k_batch, kv_head, k_rows, dims[None, :]), k_strides), mask=in_k, other=0.0)
     v = tl.load(v_ptr + offset((k_batch, kv_head, k_rows, value_dims[None, :]), v_strides), mask=in_v, other=0.0)
     q_offsets = rows.to(OFFSET)[:, None] * q_strides[2] + dims.to(OFFSET)[None, :] * q_strides[3]
-    do_offsets = q_offsets if ALIKE else rows.to(OFFSET)[:, None] * do_strides[2] + value_dims.to(OFFSET)[None, :] * do_strides[3]
+    do_offsets = (
+        q_offsets
+        if ALIKE
+        else rows.to(OFFSET)[:, None] * do_strides[2] + value_dims.to(OFFSET)[None, :] * do_strides[3]
+    )
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     # seen from the keys: key j is seen by the queries j - shift - right .. j - shift + left
@@ -427,8 +439,12 @@ def attention_backward_dkv_kernel(
             head_bias_ptr += batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
         for EDGE in tl.static_range(2):
             skip = full_end - full_begin
-            for start in tl.range(begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_M,
-                                  num_stages=1 if EDGE and not (LEFT or RIGHT) else None):
+            for start in tl.range(
+                begin + skip if EDGE else full_begin,
+                end if EDGE else full_end,
+                BLOCK_M,
+                num_stages=1 if EDGE and not (LEFT or RIGHT) else None,
+            ):
                 if EDGE:
                     start -= tl.where(start < full_end, skip, 0)
                 at = start + rows
@@ -490,8 +506,11 @@ def attention_backward_bias_kernel(
     grid_q, grid_k = 1 if SUM[2] else tl.cdiv(q_total, BLOCK_M), 1 if SUM[3] else tl.cdiv(k_total, BLOCK_N)
     grid_h = 1 if SUM[1] else n_heads
     pid = tl.program_id(0)
-    own_k, own_q, own_h, own_b = pid % grid_k, pid // grid_k % grid_q, pid // (grid_k * grid_q) % grid_h, pid // (
-        grid_k * grid_q * grid_h
+    own_k, own_q, own_h, own_b = (
+        pid % grid_k,
+        pid // grid_k % grid_q,
+        pid // (grid_k * grid_q) % grid_h,
+        pid // (grid_k * grid_q * grid_h),
     )
     count_q, count_k = tl.cdiv(q_total, BLOCK_M) if SUM[2] else 1, tl.cdiv(k_total, BLOCK_N) if SUM[3] else 1
     count_h, count_b = n_heads if SUM[1] else 1, n_batch if SUM[0] else 1
@@ -506,10 +525,16 @@ def attention_backward_bias_kernel(
         head = own_h + i // (count_k * count_q) % count_h
         batch = own_b + i // (count_k * count_q * count_h)
         in_rows, in_cols = (rows < q_total)[:, None], (cols < k_total)[:, None]
-        q_at, k_at = offset((batch, head, rows[:, None], dims), q_strides), offset((batch, head // GROUP, cols[:, None], dims), k_strides)
+        q_at, k_at = (
+            offset((batch, head, rows[:, None], dims), q_strides),
+            offset((batch, head // GROUP, cols[:, None], dims), k_strides),
+        )
         q = tl.load(q_ptr + q_at, mask=in_rows & (dims < HEAD_DIM), other=0.0)
         k = tl.load(k_ptr + k_at, mask=in_cols & (dims < HEAD_DIM), other=0.0)
-        do_at, v_at = offset((batch, head, rows[:, None], value_dims), do_strides), offset((batch, head // GROUP, cols[:, None], value_dims), v_strides)
+        do_at, v_at = (
+            offset((batch, head, rows[:, None], value_dims), do_strides),
+            offset((batch, head // GROUP, cols[:, None], value_dims), v_strides),
+        )
         do = tl.load(do_ptr + do_at, mask=in_rows & (value_dims < VALUE_DIM), other=0.0)
         v = tl.load(v_ptr + v_at, mask=in_cols & (value_dims < VALUE_DIM), other=0.0)
         row_at = (batch * n_heads + head).to(tl.int64) * q_total + first_row

@@ -322,7 +322,11 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, opts: Options, target: str) -> d
 
 
 def _broadcast_strides(bias: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if bias is None else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+    return (
+        (0, 0, 0, 0)
+        if bias is None
+        else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+    )
 
 
 def _of_tile(tile: Tile, *tensors: Tensor) -> dict[str, Any]:
@@ -349,7 +353,11 @@ def _descriptors(target: str, rows: int, *tensors: Tensor) -> tuple[Any, Any] | 
     for t in tensors:
         multiple = 16 // t.element_size()
         aligned = t.data_ptr() % 16 == 0 and t.stride(3) == 1
-        if not aligned or t.numel() == 0 or any(t.stride(d) % multiple or not t.stride(d) for d in range(3) if t.shape[d] > 1):
+        if (
+            not aligned
+            or t.numel() == 0
+            or any(t.stride(d) % multiple or not t.stride(d) for d in range(3) if t.shape[d] > 1)
+        ):
             return None
     found = []
     for t in tensors:
@@ -416,7 +424,10 @@ def _backward_triton(
     if bias_grad:
         assert opts.bias is not None
         tile = attention_tile("bias", dim, size, opts.max_q, target)
-        summed = tuple(b == 1 and n != 1 for b, n in zip(opts.bias.shape, (n_batch, n_heads, *q.shape[2:3], *k.shape[2:3]), strict=True))
+        summed = tuple(
+            b == 1 and n != 1
+            for b, n in zip(opts.bias.shape, (n_batch, n_heads, *q.shape[2:3], *k.shape[2:3]), strict=True)
+        )
         blocks = (n_batch, n_heads, -(-q.shape[2] // tile.block_m), -(-k.shape[2] // tile.block_n))
         own = {name: value for name, value in arguments.items() if name in attention_backward_bias_kernel.arg_names}
         attention_backward_bias_kernel[(math.prod(1 if s else n for s, n in zip(summed, blocks, strict=True)),)](
