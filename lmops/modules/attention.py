@@ -258,8 +258,7 @@ class SelfAttention(_Attention):
         self._check_input("x", x, self.d_model)
         heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
         q, k, v = self._heads(self.qkv(x), sum(heads)).split(heads, dim=1)
-        cu_k = None if cu_seqlens is None else cu_seqlens.view(-1)  # torch.compile takes no tensor twice
-        o = self._attend(q, k, v, x.ndim, attn_mask, key_padding, cu_seqlens, cu_k, max_seqlen, max_seqlen)
+        o = self._attend(q, k, v, x.ndim, attn_mask, key_padding, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         return self.out(o)
 
 
