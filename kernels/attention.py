@@ -9,7 +9,8 @@ and the order of the tiles are in docs/kernels.md. What all the kernels take:
     slopes (B or 1, H) float32 (ALIBI), sinks (H,) (SINKS), seed (1,) int64 (DROPOUT)
     PACKED: B is 1 in memory, and cu_q, cu_k (N + 1,) int32 hold where the N sequences begin
     query i sees key j if -right <= i + shift - j <= left, where shift = Sk - Sq if BOTTOM_RIGHT else 0;
-    LEFT, RIGHT: whether there is that bound. GROUP = H / KV. SCALED: scores need more than a factor before the exponential
+    LEFT, RIGHT: whether there is that bound. GROUP = H / KV
+    SCALED: between the products and the scores lies more than a positive factor
 """
 
 import triton
@@ -17,17 +18,16 @@ import triton.language as tl
 
 from .common import LN2, LOG2E, online_softmax_step
 
-
 # ---------------------------------------------------------------------------------------- what a program works on
 
 
 @triton.jit
-def program(REVERSE: tl.constexpr):
+def program(first_batch, REVERSE: tl.constexpr):
     """Tile, head and batch of this program. The tiles of a head are neighbours: they share its keys in L2."""
     tile = tl.program_id(0)
     if REVERSE:  # the tiles with most to do go first, so that no long one is left at the end
         tile = tl.num_programs(0) - 1 - tile
-    return tile, tl.program_id(1), tl.program_id(2)
+    return tile, tl.program_id(1), first_batch + tl.program_id(2)
 
 
 @triton.jit
@@ -139,7 +139,8 @@ def scores(x, rows, cols, bias, slope, scale, softcap, low, high, SCALED: tl.con
            ALIBI: tl.constexpr, BIAS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):  # fmt: skip
     """What enters the softmax, from products x, and d scores / d x scale; -inf where hidden.
 
-    rows, cols: positions, of queries with the shift, that broadcast to x. LOW, HIGH: cols below low, above high are hidden.
+    rows, cols: positions, of queries with the shift, that broadcast to x.
+    LOW, HIGH: cols below low, and above high, are hidden.
     """
     slope_of_cap = 1.0
     if SCALED:
@@ -182,14 +183,14 @@ def kept(seed, rows, cols, head, dropout_p):
 
 
 # lengths and bounds vary from call to call, and knowing their divisors would change nothing
-VARYING = ("n_batch", "n_heads", "q_total", "k_total", "left", "right")
+VARYING = ("n_batch", "n_heads", "q_total", "k_total", "left", "right", "first_batch")
 
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, lse_ptr, bias_ptr, slopes_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
     q_strides, k_strides, v_strides, o_strides, bias_strides, slopes_stride,
-    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
+    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p, first_batch,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, PACKED: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr,
@@ -199,10 +200,10 @@ def attention_forward_kernel(
     """o = softmax(scores) v and lse = log sum exp(scores) for BLOCK_M rows.
 
     A row is a query, or (PACK > 1) one of PACK query heads that share a key head, at one position: few queries then
-    fill a tile, and read keys once. DESCRIPTOR: k_desc and v_desc are tensor descriptors of k and v. OFFSET: the integers that hold
-    offsets within a tile.
+    fill a tile, and read keys once. DESCRIPTOR: k_desc and v_desc are tensor descriptors of k and v. OFFSET: the
+    integers that hold offsets within a tile. ALIKE: k and v lie alike in memory. PTX: the target is NVIDIA's.
     """
-    tile, head0, batch = program(RIGHT)
+    tile, head0, batch = program(first_batch, RIGHT)
     q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
     k_batch, k_first, k_len = sequence(cu_k_ptr, batch, k_total, PACKED)
     row0 = tile * BLOCK_M
@@ -284,9 +285,9 @@ def attention_forward_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, stats_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr,
-    seed_ptr, q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, dlse_strides, bias_strides,
-    slopes_stride, n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, stats_ptr, bias_ptr, slopes_ptr,
+    cu_q_ptr, cu_k_ptr, seed_ptr, q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, dlse_strides, bias_strides,
+    slopes_stride, n_heads, q_total, k_total, scale, left, right, softcap, dropout_p, first_batch,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, DLSE: tl.constexpr,
@@ -298,7 +299,7 @@ def attention_backward_dq_kernel(
     For the other kernels it writes stats (B, H, Sq, 2) float32: base, where p = 2^(scores log2(e) - base), and delta.
     DLSE: the gradient of lse is there, (B, H, Sq) with dlse_strides.
     """
-    tile, head, batch = program(RIGHT)
+    tile, head, batch = program(first_batch, RIGHT)
     q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
     k_batch, k_first, k_len = sequence(cu_k_ptr, batch, k_total, PACKED)
     row0 = tile * BLOCK_M
@@ -388,7 +389,7 @@ def attention_backward_dq_kernel(
 def attention_backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, stats_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, bias_strides, slopes_stride,
-    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
+    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p, first_batch,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
@@ -399,7 +400,7 @@ def attention_backward_dkv_kernel(
 
     Scores are computed transposed, k q^T, so that p^T and ds^T are the left operands of the products as they come.
     """
-    tile, kv_head, batch = program(LEFT and not RIGHT)
+    tile, kv_head, batch = program(first_batch, LEFT and not RIGHT)
     q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
     k_batch, k_first, k_len = sequence(cu_k_ptr, batch, k_total, PACKED)
     col0 = tile * BLOCK_N

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from lmops.ops._register import define_op
 from lmops.reference.attention import attention as reference
 from lmops.reference.attention import dropout_keep
 
+# the binding that eager code calls; through torch.ops.aten the same call takes 5 microseconds more
+_torch_forward: Any = torch._scaled_dot_product_flash_attention_for_cpu
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 NEG_INF = float("-inf")
 
@@ -63,18 +66,23 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
 
 
 def _backward_fake(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool, *options: Any
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     bias, _, sinks = options[:3]
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if bias_grad else q.new_empty(0)
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return *(_empty_like_query(t, t.shape[-1]) for t in (q, k, v)), dbias, dsinks
+    dq, dk, dv = (_empty_like_query(t, t.shape[-1]) for t in (q, k, v))
+    return dq, dk, dv, dbias, dsinks
 
 
 # -------------------------------------------------------------------------------------------------------------- CPU
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    if _is_plain(q, k, v, options):  # which decoding a token is, where microseconds count
+        out, lse = _torch_forward(q, k, v, 0.0, False, attn_mask=None, scale=options[8])
+        return out, lse if q.shape[2] == 1 else lse.contiguous()
     opts = Options(*options)
     out, lse = _forward_fake(q, k, v)
     if out.numel() == 0:
@@ -88,9 +96,7 @@ def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor
         o, l = reference(q, k, v, **_reference_options(q, k, opts))
         return out.copy_(o), lse.copy_(l)
     causal, mask = _torch_mask(q, k, opts)
-    o, l = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_same_dim(q, k, v), 0.0, causal, attn_mask=mask, scale=opts.scale
-    )
+    o, l = _torch_forward(*_same_dim(q, k, v), 0.0, causal, attn_mask=mask, scale=opts.scale)
     o = o[..., : v.shape[-1]]
     if (causal or mask is not None) and o.sum().isnan():  # what is masked may hold NaN
         o, l = reference(q, k, v, **_reference_options(q, k, opts))
@@ -99,8 +105,26 @@ def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor
     return o if o.stride() == out.stride() else out.copy_(o), l.contiguous()
 
 
+def _is_plain(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> bool:
+    """Whether a call is one of torch's flash attention for CPUs as it stands, with its layout of the result."""
+    *tensors, _, _, _, left, right, _, softcap, dropout_p = options
+    return (
+        all(t is None for t in tensors)
+        and left is None
+        and right is None
+        and not softcap
+        and not dropout_p
+        and q.shape[3] == v.shape[3]
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and q.shape[2] == 1
+        and q.numel() > 0
+        and k.shape[2] > 0
+    )
+
+
 def _backward_cpu(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool, *options: Any
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     opts = Options(*options)
     grads = _backward_fake(do, dlse, q, k, v, o, lse, bias_grad, *options)
@@ -130,11 +154,7 @@ def _backward_cpu(
             for grad, g in zip((dq, dk, dv), of_torch, strict=True):
                 grad.copy_(g[..., : grad.shape[-1]])
             return grads
-    wanted = [q, k, v]
-    if bias_grad:
-        wanted.append(opts.bias)
-    if opts.sinks is not None:
-        wanted.append(opts.sinks)
+    wanted = [q, k, v, *(t for t in (opts.bias if bias_grad else None, opts.sinks) if t is not None)]
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in wanted]
         named = _reference_options(q, k, opts)
@@ -152,9 +172,10 @@ def _backward_cpu(
 
 def _sequences(opts: Options) -> Any:
     """Of a packed call: the slices of queries and keys of each sequence, and its options alone."""
-    assert opts.cu_q is not None and opts.cu_k is not None
+    assert opts.cu_q is not None
+    assert opts.cu_k is not None
     ends_q, ends_k = opts.cu_q.tolist(), opts.cu_k.tolist()
-    for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)):
+    for b, ((q0, q1), (k0, k1)) in enumerate(zip(pairwise(ends_q), pairwise(ends_k), strict=True)):
         values = vars(opts) | {"cu_q": None, "cu_k": None, "max_q": q1 - q0, "max_k": k1 - k0}
         if opts.slopes is not None and opts.slopes.ndim == 2:
             values["slopes"] = opts.slopes[b]
@@ -169,7 +190,7 @@ def _torch_can(opts: Options) -> bool:
 
 
 def _torch_mask(q: Tensor, k: Tensor, opts: Options) -> tuple[bool, Tensor | None]:
-    """The call in torch's terms: causal, or else an additive mask, in float32 where the query's dtype has less digits."""
+    """The call in torch's terms: causal, or else an additive mask, no less precise than float32."""
     q_len, k_len = q.shape[2], k.shape[2]
     bounded = opts.left is not None or opts.right is not None
     plain = opts.bias is None and opts.slopes is None
@@ -366,6 +387,16 @@ def _descriptors(target: str, rows: int, *tensors: Tensor) -> tuple[Any, Any] | 
     return found[0], found[1]
 
 
+MAX_GRID = 65_535  # blocks in the second and third dimension of a grid
+
+
+def _launch(kernel: Any, grid: tuple[int, int, int], *tensors: Any, **arguments: Any) -> None:
+    """Launch over (tiles, heads, batch); a larger batch than a grid holds takes several launches."""
+    tiles, heads, n_batch = grid
+    for first in range(0, n_batch, MAX_GRID):
+        kernel[(tiles, heads, min(MAX_GRID, n_batch - first))](*tensors, first_batch=first, **arguments)
+
+
 def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     from lmops.kernels.attention import attention_forward_kernel
 
@@ -381,15 +412,18 @@ def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Ten
     rows = opts.max_q * pack
     tile = attention_tile("forward", max(arguments["BLOCK_D"], arguments["BLOCK_E"]), q.element_size(), rows, target)
     descriptors = _descriptors(target, tile.block_n, k, v)
-    attention_forward_kernel[(-(-rows // tile.block_m), q.shape[1] // pack, n_batch)](
-        q, k, v, *(descriptors or (None, None)), out, lse, sinks_ptr=opts.sinks, o_strides=out.stride(),
-        PACK=pack, SINKS=opts.sinks is not None, DESCRIPTOR=descriptors is not None, **arguments, **_of_tile(tile, k, v),
+    grid = (-(-rows // tile.block_m), q.shape[1] // pack, n_batch)
+    _launch(
+        attention_forward_kernel, grid, q, k, v, *(descriptors or (None, None)), out, lse, sinks_ptr=opts.sinks,
+        o_strides=out.stride(), PACK=pack, SINKS=opts.sinks is not None, DESCRIPTOR=descriptors is not None,
+        **arguments, **_of_tile(tile, k, v),
     )  # fmt: skip
     return out, lse
 
 
 def _backward_triton(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool, *options: Any
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from lmops.kernels.attention import (
         attention_backward_bias_kernel,
@@ -410,16 +444,18 @@ def _backward_triton(
     stats = lse.new_empty(*lse.shape, 2)
     tile = attention_tile("dq", dim, size, opts.max_q, target)
     descriptors = _descriptors(target, tile.block_n, k, v)
-    attention_backward_dq_kernel[(-(-opts.max_q // tile.block_m), n_heads, n_batch)](
-        q, k, v, *(descriptors or (None, None)), o, do, dq, lse, dlse, stats, o_strides=o.stride(), do_strides=do.stride(), dq_strides=dq.stride(),
+    grid = (-(-opts.max_q // tile.block_m), n_heads, n_batch)
+    _launch(
+        attention_backward_dq_kernel, grid, q, k, v, *(descriptors or (None, None)), o, do, dq, lse, dlse, stats,
+        o_strides=o.stride(), do_strides=do.stride(), dq_strides=dq.stride(),
         dlse_strides=(0, 0, 0) if dlse is None else dlse.stride(), DLSE=dlse is not None,
-        DESCRIPTOR=descriptors is not None,
-        **arguments, **_of_tile(tile, k, v),
+        DESCRIPTOR=descriptors is not None, **arguments, **_of_tile(tile, k, v),
     )  # fmt: skip
     tile = attention_tile("dkv", dim, size, opts.max_k, target)
-    attention_backward_dkv_kernel[(-(-opts.max_k // tile.block_n), kv_heads, n_batch)](
-        q, k, v, do, dk, dv, stats, do_strides=do.stride(), dk_strides=dk.stride(), dv_strides=dv.stride(),
-        **arguments, **_of_tile(tile, q, do),
+    grid = (-(-opts.max_k // tile.block_n), kv_heads, n_batch)
+    _launch(
+        attention_backward_dkv_kernel, grid, q, k, v, do, dk, dv, stats, do_strides=do.stride(), dk_strides=dk.stride(),
+        dv_strides=dv.stride(), **arguments, **_of_tile(tile, q, do),
     )  # fmt: skip
     if bias_grad:
         assert opts.bias is not None
@@ -523,11 +559,15 @@ def attention(
     offsets are cut to the tensors, and queries beyond max_seqlen_q are not computed.
 
     Returns (B, H, Sq, Dv) in the query's dtype and (B, H, Sq) in float32, natural logarithm, sink included.
+    Under torch.autocast query, key and value are cast to its dtype.
     A row that sees no key gives 0 and -inf (or the sink), and no gradient. NaN and inf in keys and values that a row
     does not see do not reach it; in those that it sees they make it NaN.
     The method is FlashAttention-2 (arXiv 2307.08691): memory is linear in Sq and Sk. No atomics: repeatable bitwise.
     Raises ValueError or TypeError for arguments that do not fit together.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        autocast = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(autocast) if t.is_floating_point() else t for t in (query, key, value))
     n_batch, n_heads = _check_tensors(query, key, value)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed:
@@ -559,10 +599,22 @@ def attention(
         max_q, max_k, scale, left, right, bottom_right, float(softcap or 0), float(dropout_p),
     )  # fmt: skip
     inputs = (query, key, value, bias, sinks)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
+        return attention_forward(*arguments)
     if max(query.shape[3], value.shape[3]) > 256 and query.device.type != "cpu":
-        pass
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return _Attention.apply(*arguments) if needs_grad else attention_forward(*arguments)
+        raise NotImplementedError(
+            f"head_dim must be at most 256 where gradients are computed, got {query.shape[3]} and {value.shape[3]};"
+            " use torch.no_grad() for inference"
+        )
+    return _Attention.apply(*_distinct(arguments))
+
+
+def _distinct(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments with a view in place of a tensor that came before: torch.compile takes no tensor twice."""
+    return [
+        a.view_as(a) if isinstance(a, Tensor) and any(a is b for b in arguments[:i]) else a
+        for i, a in enumerate(arguments)
+    ]
 
 
 def _binding(left: int | None, right: int | None, shift: int, q_len: int, k_len: int) -> tuple[int | None, int | None]:
@@ -620,7 +672,7 @@ def _check_packed(
             )
         if most is None or (cu.device.type == "cpu" and not torch.compiler.is_compiling()):
             ends = cu.tolist()
-            lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+            lengths = [b - a for a, b in pairwise(ends)]
             if ends[0] != 0 or min(lengths) < 0 or ends[-1] != total:
                 raise ValueError(
                     f"cu_seqlens_{name} must start at 0, not decrease, and end at the {total} tokens given, got {ends}"
@@ -631,12 +683,13 @@ def _check_packed(
                 )
             most = max(lengths) if most is None else most
         longest.append(int(most))
-    assert cu_q is not None and cu_k is not None
+    assert cu_q is not None
+    assert cu_k is not None
     if cu_q.numel() != cu_k.numel():
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k must be of equal length, got {cu_q.numel()} and {cu_k.numel()}"
         )
-    return cu_q.numel() - 1, *longest
+    return cu_q.numel() - 1, longest[0], longest[1]
 
 
 def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
