@@ -41,7 +41,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=0.3, help="to spend on the repetitions of each provider")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every result, one row a size and provider")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw GB/s by size, e.g. as .png")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rates by size, e.g. as .png")
     args = parser.parse_args(argv)
     if args.name not in names():
         parser.error(f"there is no benchmark {args.name!r}; there are: {', '.join(names())}")

@@ -24,6 +24,7 @@ from lmops.ops._register import OPERATORS
 from lmops.testing import assert_accurate
 
 Call = Callable[[], Any]
+Backward = Literal[False, True, "and forward"]
 OURS, EAGER, COMPILED = "lmops", "torch", "torch.compile"
 
 
@@ -47,13 +48,15 @@ class Benchmark:
     """One operation: its inputs by size, who computes it, and what it costs at least.
 
     inputs: (size, dtype, device) -> the tensors that all functions take.
-    providers: functions of the inputs, ours under the name "lmops"; a peer imports its package inside.
+    providers: functions of the inputs, ours under the name "lmops"; a peer imports its package inside, and raises an
+        ImportError with the reason where it has nothing for such inputs.
     reference: plain torch; on float64 inputs it is the truth, on the given ones the baseline of the accuracy rule.
     eager: what "torch" and "torch.compile" run, `reference` by default.
     bytes_moved, operations: of the inputs: the fewest bytes to and from memory, and multiply-add work as 2 each.
-    backward: the gradients of the floating-point inputs are computed, the forward is not timed.
+    backward: the gradients of the floating-point inputs are computed; the forward is not timed, or "and forward" is.
     operator: the lmops operator whose implementation the table names. small: the size that pytest takes on a CPU.
     largest: sizes above it are left out, because the inputs would not fit the memory.
+    sizes_on_cpu: instead of `sizes` there.
     """
 
     name: str
@@ -67,8 +70,9 @@ class Benchmark:
     operations: Callable[..., int] | None = None
     eager: Callable[..., Tensor] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
-    backward: bool = False
+    backward: Backward = False
     largest: int | None = None
+    sizes_on_cpu: tuple[int, ...] | None = None
 
     def all_providers(self) -> dict[str, Callable[..., Tensor]]:
         """Ours and peers, and torch eager and compiled, which every benchmark has."""
@@ -169,15 +173,18 @@ def measure_peak(device: torch.device, dtypes: Iterable[torch.dtype]) -> Peak:
     return Peak(bandwidth, operations)
 
 
-def bind(function: Callable[..., Tensor], inputs: Sequence[Tensor], backward: bool) -> Call:
-    """The call to time: the function on the inputs, or its gradients, with the forward already done."""
+def bind(function: Callable[..., Tensor], inputs: Sequence[Tensor], backward: Backward) -> Call:
+    """The call to time: the function on the inputs, or its gradients, with the forward already done or in each call."""
     if not backward:
         return lambda: function(*inputs)
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
     y = function(*leaves)
     draw = torch.Generator().manual_seed(1)
     dy = torch.randn(y.shape, generator=draw, dtype=torch.float32).to(y.device, inputs[0].dtype).to(y.dtype)
+    dy = torch.empty_like(y).copy_(dy)  # as y lies in memory, which is how most layers hand it back
     wanted = [t for t in leaves if t.requires_grad]
+    if backward == "and forward":
+        return lambda: torch.autograd.grad(function(*leaves), wanted, dy)
     return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
 
@@ -201,7 +208,7 @@ class Gate:
             assert_accurate(actual, truth, baseline)
 
 
-def admit(name: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], gate: Gate, backward: bool) -> Call:
+def admit(name: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], gate: Gate, backward: Backward) -> Call:
     """The provider's call to time, once its results are right. Raises RuntimeError with the reason otherwise."""
     try:
         # a compiled backward frees what it was given, unless told that it runs again
@@ -209,7 +216,7 @@ def admit(name: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], 
             call = bind(function, inputs, backward)
             gate.check(call)
     except ImportError as error:
-        raise RuntimeError(f"not installed: {error.name or error}") from error
+        raise RuntimeError(f"not installed: {error.name}" if error.name else str(error)) from error
     except AssertionError as error:
         raise RuntimeError(f"wrong, so not timed: {error}") from error
     except Exception as error:  # whatever a peer raises is its reason; it stands in the table
@@ -229,8 +236,7 @@ def measure(
 ) -> list[Result]:
     """Every provider at one size, checked, then timed in turns."""
     torch.manual_seed(0)
-    if with_compile:
-        torch._dynamo.reset()  # or the ninth shape would meet the limit of recompilations
+    torch._dynamo.reset()  # or the ninth shape would meet the limit of recompilations
     inputs = benchmark.inputs(size, dtype, device)
     gate = Gate(benchmark, inputs)
     results, calls = {}, {}
@@ -308,7 +314,7 @@ def run(
     echo(", ".join(f"{key} {value}" for key, value in where.items()))
     needs = {d for b in benchmarks if b.operations for d in dtypes or b.dtypes}
     peak = measure_peak(device, needs)
-    rates = "".join(f", matmul {rate * 1e-12:.2f} TFLOP/s in {dtype}" for dtype, rate in peak.operations.items())
+    rates = "".join(f", matmul {rate * 1e-12:.3g} TFLOP/s in {dtype}" for dtype, rate in peak.operations.items())
     echo(f"measured peak: copy {peak.bandwidth * 1e-9:.1f} GB/s{rates}")
     echo("medians [quartiles] of repetitions taken in turns; every result was checked against float64 before")
     if device.type == "cpu":
@@ -319,8 +325,9 @@ def run(
     for benchmark in benchmarks:
         kind, why = OPERATORS[benchmark.operator].implementation(device.type)
         echo(f"\n{benchmark.name}: {OURS} runs its {kind} implementation ({why})")
-        chosen = [size for size in sizes or benchmark.sizes if size <= (benchmark.largest or size)]
-        if len(chosen) < len(sizes or benchmark.sizes):
+        given = sizes or (device.type == "cpu" and benchmark.sizes_on_cpu) or benchmark.sizes
+        chosen = [size for size in given if size <= (benchmark.largest or size)]
+        if len(chosen) < len(given):
             echo(f"sizes above {benchmark.largest} are left out: their inputs would not fit the memory")
         rows = [
             result
@@ -328,7 +335,8 @@ def run(
             for size in chosen
             for result in measure(benchmark, size, dtype, device, peak=peak, with_compile=with_compile, seconds=seconds)
         ]
-        echo(table(["size", "dtype", "provider", "ms", "[quartiles]", "GB/s", "peak", "x torch", ""], map(cells, rows)))
+        unit = "TFLOP/s" if benchmark.operations else "GB/s"
+        echo(table(["size", "dtype", "provider", "ms", "[quartiles]", unit, "peak", "x torch", ""], map(cells, rows)))
         results += rows
     return results
 
@@ -340,7 +348,8 @@ def cells(r: Result) -> list[str]:
         return [*head, "-", "", "", "", "", r.note]
     q1, median, q3 = (f"{1e3 * t:.4g}" for t in r.quartiles())
     ratio = "" if r.ratio is None else f"{r.ratio:.2f}"
-    return [*head, median, f"[{q1} {q3}]", f"{r.gbps:.1f}", f"{r.share:.0%} of {r.share_of}", ratio, r.note]
+    rate = f"{r.gbps:.1f}" if r.tflops is None else f"{r.tflops:.4g}"
+    return [*head, median, f"[{q1} {q3}]", rate, f"{r.share:.0%} of {r.share_of}", ratio, r.note]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -367,20 +376,28 @@ def write_csv(path: Path, results: Iterable[Result], device: torch.device) -> No
 
 
 def plot(path: Path, results: Sequence[Result]) -> None:
-    """GB/s by size, a panel for every benchmark and dtype, quartiles as bars. Needs matplotlib."""
+    """The table's rates by size, a panel for every benchmark and dtype, quartiles as bars. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((r.benchmark, r.dtype) for r in results))
-    figure = Figure(figsize=(6, 3.5 * len(panels)), layout="constrained")
-    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r.provider for r in results if r.times))}
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(6 * columns, 3.5 * rows), layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, panel in zip(every, panels, strict=False):
         timed = [r for r in results if (r.benchmark, r.dtype) == panel and r.times]
+        unit = "TFLOP/s" if any(r.tflops for r in timed) else "GB/s"
         for provider in dict.fromkeys(r.provider for r in timed):
-            rows = sorted((r for r in timed if r.provider == provider), key=lambda r: r.size)
-            points = [(r.size, r.gbps or 0.0, r.quartiles()) for r in rows]
+            line = sorted((r for r in timed if r.provider == provider), key=lambda r: r.size)
+            points = [(r.size, r.tflops or r.gbps or 0.0, r.quartiles()) for r in line]
             below = [rate * (1 - median / q3) for _, rate, (_, median, q3) in points]
             above = [rate * (median / q1 - 1) for _, rate, (q1, median, _) in points]
-            axes.errorbar([p[0] for p in points], [p[1] for p in points], [below, above], marker="o", label=provider)
-        axes.set(title=" ".join(panel), xlabel="size", ylabel="GB/s", xscale="log", ylim=(0, None))
+            x, y = [p[0] for p in points], [p[1] for p in points]
+            axes.errorbar(x, y, [below, above], marker="o", label=provider, color=colors[provider])
+        axes.set(title=" ".join(panel), xlabel="size", ylabel=unit, xscale="log", ylim=(0, None))
         if timed:
-            axes.legend()
+            axes.legend(fontsize="small")
+    for axes in list(every)[len(panels) :]:
+        axes.set_axis_off()
     figure.savefig(path)

@@ -74,17 +74,49 @@ def test_the_gradient_is_what_is_checked():
     assert "wrong" in measure(providers={"lmops": right_value_wrong_gradient}, backward=True)["lmops"].note
 
 
+def test_forward_and_backward_are_timed_together():
+    calls = []
+
+    def counted(x):
+        calls.append(x)
+        return torch.exp(x)
+
+    x = torch.randn(8)
+    for backward, forwards in ((True, 1), ("and forward", 4)):
+        call = harness.bind(counted, (x,), backward)
+        gradients = [call()[0] for _ in range(3)]
+        assert len(calls) == forwards
+        assert all(torch.equal(g, gradients[0]) for g in gradients)
+        calls.clear()
+
+
+def test_gradients_come_in_the_layout_of_the_result():
+    given = []
+
+    def transposed(x):
+        y = x.clone().mT
+        y.register_hook(lambda dy: given.append(dy.stride()))
+        return y
+
+    harness.bind(transposed, (torch.randn(3, 5),), True)()
+    assert given == [(1, 5)]
+
+
 def test_what_cannot_run_is_listed_with_the_reason():
     def missing(x):
         import a_package_that_nobody_has
 
         return a_package_that_nobody_has.exp(x)
 
+    def nothing_here(x):
+        raise ImportError("not for a CPU")
+
     def refuses(x):
         raise NotImplementedError("only float16\nand more")
 
-    results = measure(providers={"lmops": torch.exp, "peer": missing, "other": refuses})
+    results = measure(providers={"lmops": torch.exp, "peer": missing, "third": nothing_here, "other": refuses})
     assert results["peer"].note == "not installed: a_package_that_nobody_has"
+    assert results["third"].note == "not for a CPU"
     assert results["other"].note == "NotImplementedError: only float16"
     assert "--compile" in results["torch.compile"].note
     assert [p for p, r in results.items() if r.times] == ["lmops", "torch"]
@@ -169,3 +201,60 @@ def test_plot_needs_matplotlib(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["softmax", "--plot", "x.png"])
     assert "--plot needs matplotlib: pip install 'lmops[bench]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_truth_by_blocks_is_the_reference(causal, monkeypatch):
+    from benchmarks import bench_attention as bench
+    from lmops.reference.attention import attention as reference
+
+    def whole(q, k, v):
+        return reference(q, k, v, right=0 if causal else None)[0]
+
+    by_blocks = bench.case(16, causal, False).reference
+    inputs = [t.double() for t in bench.projected(64, 37, torch.float32, CPU)]
+    expected = [whole(*inputs), *harness.bind(whole, inputs, True)()]
+    for scores_at_once in (bench.SCORES_AT_ONCE, 5 * 13 * 4 * 37, 1):
+        monkeypatch.setattr(bench, "SCORES_AT_ONCE", scores_at_once)
+        for actual, wanted in zip(
+            [by_blocks(*inputs), *harness.bind(by_blocks, inputs, True)()], expected, strict=True
+        ):
+            torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_providers_and_counts():
+    from benchmarks import bench_attention as bench
+
+    assert len({b.name for b in bench.BENCHMARKS}) == len(bench.BENCHMARKS) == 12
+    inputs = bench.projected(64, 256, torch.bfloat16, CPU)
+    n_batch, n_heads, length, dim = inputs[0].shape
+    assert (length, dim) == (256, 64)
+    product = 2 * n_batch * n_heads * length**2 * dim
+    for name, products, tensors in (("forward", 2, 4), ("backward", 5, 8), ("forward and backward", 7, 12)):
+        full, causal = (
+            next(b for b in bench.BENCHMARKS if b.name == f"attention {name} 64{end}") for end in ("", " causal")
+        )
+        assert full.operations(*inputs) == 2 * causal.operations(*inputs) == products * product
+        assert full.bytes_moved(*inputs) == causal.bytes_moved(*inputs) == tensors * inputs[0].nbytes
+        peak = harness.Peak(1e9, {torch.bfloat16: 1e9})
+        results = harness.measure(full, 64, torch.bfloat16, CPU, peak=peak, with_compile=False, seconds=0)
+        timed = {r.provider for r in results if r.times}
+        assert {"lmops", "torch", "torch flash", "torch math"} <= timed
+        notes = {r.provider: r.note for r in results}
+        assert notes["torch cuDNN"] == "torch has no such kernel for these inputs on cpu"
+        assert harness.cells(results[0])[6].endswith("of matmul")
+
+
+def test_plot_puts_many_benchmarks_side_by_side(tmp_path):
+    pytest.importorskip("matplotlib")
+    shared = {"shape": (1,), "dtype": "float32", "gbps": 1.0}
+    results = [
+        harness.Result(f"b{i}", size, provider=name, times=[0.1, 0.2], tflops=size / 100 if i else None, **shared)
+        for i in range(5)
+        for size in (128, 512)
+        for name in ("lmops", "torch")
+    ]
+    harness.plot(tmp_path / "all.png", results)
+    header = (tmp_path / "all.png").read_bytes()[16:24]
+    width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
+    assert (width, height) == (2400, 700)  # four panels of 6 x 3.5 inches, and one below them
