@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lmops.ops._register import define_op
 from lmops.reference.attention import attention as reference
+from lmops.reference.attention import backward as backward_reference
 from lmops.reference.attention import dropout_keep
 
 # the binding that eager code calls; through torch.ops.aten the same call takes 5 microseconds more
@@ -74,6 +75,15 @@ def _backward_fake(
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     dq, dk, dv = (_empty_like_query(t, t.shape[-1]) for t in (q, k, v))
     return dq, dk, dv, dbias, dsinks
+
+
+def _without_scores(grads: tuple[Tensor, ...], dlse: Tensor | None) -> Any:
+    """The gradients where there are no queries or no keys: only a sink is left for the LSE to depend on."""
+    for grad in grads:
+        grad.zero_()
+    if dlse is not None and dlse.numel() and grads[4].numel():
+        grads[4].copy_(dlse.sum((0, 2)))
+    return grads
 
 
 # -------------------------------------------------------------------------------------------------------------- CPU
@@ -141,9 +151,7 @@ def _backward_cpu(
             dsinks += of_one[4]
         return grads
     if q.numel() == 0 or k.shape[2] == 0:
-        for grad in grads:
-            grad.zero_()
-        return grads
+        return _without_scores(grads, dlse)
     if _torch_can(opts) and dlse is None and not bias_grad:
         causal, mask = _torch_mask(q, k, opts)
         of_torch = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -154,19 +162,12 @@ def _backward_cpu(
             for grad, g in zip((dq, dk, dv), of_torch, strict=True):
                 grad.copy_(g[..., : grad.shape[-1]])
             return grads
-    wanted = [q, k, v, *(t for t in (opts.bias if bias_grad else None, opts.sinks) if t is not None)]
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in wanted]
-        named = _reference_options(q, k, opts)
-        if bias_grad:
-            named["bias"] = leaves[3]
-        if opts.sinks is not None:
-            named["sinks"] = leaves[-1]
-        out, l = reference(*leaves[:3], **named)
-        outputs, given = ([out], [do]) if dlse is None else ([out, l], [do, dlse])
-        found = torch.autograd.grad(outputs, leaves, given)
-    for grad, g in zip([dq, dk, dv, *([dbias] if bias_grad else []), dsinks], found, strict=False):
-        grad.copy_(g)
+    found = backward_reference(do, dlse, q, k, v, lse, **_reference_options(q, k, opts))
+    for grad, g in zip((dq, dk, dv, dsinks), (*found[:3], found[4]), strict=True):
+        if g is not None:
+            grad.copy_(g)
+    if bias_grad:
+        dbias.copy_(found[3].sum_to_size(dbias.shape))
     return grads
 
 
@@ -433,10 +434,8 @@ def _backward_triton(
 
     opts = Options(*options)
     dq, dk, dv, dbias, dsinks = grads = _backward_fake(do, dlse, q, k, v, o, lse, bias_grad, *options)
-    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-        for grad in grads:
-            grad.zero_()
-        return grads
+    if q.numel() == 0 or k.shape[2] == 0:
+        return _without_scores(grads, dlse)
     target = _target()
     arguments = _arguments(q, k, v, opts, target)
     dim, size = max(arguments["BLOCK_D"], arguments["BLOCK_E"]), q.element_size()
@@ -742,12 +741,12 @@ def scaled_dot_product_attention(
     """
     if query.ndim < 2:
         raise ValueError(f"query must be (..., heads, length, head_dim), got shape {tuple(query.shape)}")
+    if key.ndim != query.ndim or value.ndim != query.ndim:
+        raise ValueError(
+            f"query, key and value must have equally many dimensions, got {query.ndim}, {key.ndim} and {value.ndim}"
+        )
     shape = query.shape[:-1]
     if query.ndim != 4:
-        if key.ndim != query.ndim or value.ndim != query.ndim:
-            raise ValueError(
-                f"query, key and value must have equally many dimensions, got {query.ndim}, {key.ndim} and {value.ndim}"
-            )
         if attn_mask is not None and attn_mask.ndim > 3:
             attn_mask = attn_mask.expand(*query.shape[:-3], *attn_mask.shape[-3:]).flatten(0, -4)
         query, key, value = (t.flatten(0, -4) if t.ndim > 4 else t[(None,) * (4 - t.ndim)] for t in (query, key, value))
