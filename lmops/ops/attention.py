@@ -252,57 +252,116 @@ class Tile:
     num_stages: int
 
 
-def attention_tile(kernel: str, dim: int, element_size: int, rows: int, target: str) -> Tile:
+def tile_column(kernel: str, opts: Options, group: int, target: str) -> int:
+    """The column of TILES: what a program has to keep in registers beside the tiles of the products."""
+    if opts.bias is not None:
+        return 2
+    if opts.slopes is not None or opts.softcap or opts.dropout_p:
+        return 1
+    # dk and dv stay through a loop over the query heads of a group; without bounds sm_90 pipelines the loop further
+    unbounded = opts.left is None and opts.right is None
+    return int(kernel == "dkv" and (group > 1 or (unbounded and target == "sm_90")))
+
+
+def attention_tile(kernel: str, dim: int, element_size: int, rows: int, target: str, column: int) -> Tile:
     """The tile of `kernel` ("forward", "dq", "dkv", "bias") on `target` ("sm_80", "sm_90", "sm_100", "gfx942").
 
-    dim: the longer head_dim, as a power of 2; rows: of the dimension that the grid is over. Chosen with
-    `python -m benchmarks.compile_report`: nothing spills at these on the targets it knows.
+    dim: the longer head_dim, as a power of 2; rows: of the dimension that the grid is over; column: `tile_column`.
     """
-    row = next(i for i, most in enumerate((64, 128, 256, 512)) if dim <= most)
-    if element_size == 4:
-        table = WIDE_TILES[kernel]
-    else:
-        table = TILES.get(target, TILES["sm_80"])[kernel]
-    tile = table[min(row, len(table) - 1)]
-    if kernel == "forward" and rows < tile.block_m:  # few queries: no more rows than there are, as tensor cores allow
+    bucket = next(most for most in (64, 128, 256, 512) if dim <= most)
+    table = WIDE_TILES if element_size == 4 else TILES.get(target, TILES["sm_80"])
+    columns = table[kernel, bucket]
+    tile = Tile(*columns[min(column, len(columns) - 1)])
+    if kernel == "forward" and rows < tile.block_m:
+        # few queries: no more rows than there are, as tensor cores allow. Fewer than 4 warps could not hold the keys
         block_m = max(16, 1 << (rows - 1).bit_length())
-        tile = Tile(block_m, tile.block_n, max(1, min(4, tile.num_warps * block_m // tile.block_m)), tile.num_stages)
+        return Tile(block_m, tile.block_n, min(tile.num_warps, 4 if bucket <= 256 else 8), tile.num_stages)
     return tile
 
 
-# by head_dim up to 64, 128, 256 and (the forward) 512
+# (queries, keys, warps, stages) by kernel and head_dim up to. Columns, see `tile_column`: plain | ALiBi, softcap,
+# dropout, and in dkv grouped heads | bias; where one is missing, the one before it. From
+# `python -m benchmarks.compile_report`: the largest tile that does not spill. What is computed a score takes registers,
+# hence smaller tiles to the right; a bias most of all, whose addresses are one a score.
+# wgmma (sm_90) wants 64 rows a group of 4 warps: of queries, in dkv of keys.
 TILES = {
     "sm_80": {
-        "forward": (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
-        "dq": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-        "dkv": (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 8, 2)),
-        "bias": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+        ("forward", 64): ((128, 64, 4, 2), (128, 64, 8, 2)),
+        ("forward", 128): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+        ("forward", 256): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        ("forward", 512): ((32, 32, 8, 2),),
+        ("dq", 64): ((128, 64, 8, 2),),
+        ("dq", 128): ((128, 64, 8, 2), (128, 32, 8, 2)),
+        ("dq", 256): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        ("dkv", 64): ((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
+        ("dkv", 128): ((128, 64, 8, 2), (64, 64, 8, 2)),
+        ("dkv", 256): ((32, 64, 8, 2), (32, 32, 8, 2)),
+        ("bias", 64): ((64, 64, 4, 2),),
+        ("bias", 128): ((64, 64, 4, 2),),
+        ("bias", 256): ((64, 64, 8, 1),),
     },
     "sm_90": {
-        "forward": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
-        "dq": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 64, 8, 2)),
-        "dkv": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
-        "bias": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+        ("forward", 64): ((128, 128, 8, 2), (128, 64, 8, 2)),
+        ("forward", 128): ((128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        ("forward", 256): ((128, 32, 8, 2), (128, 32, 8, 2), (128, 16, 8, 2)),
+        ("forward", 512): ((32, 32, 8, 2),),
+        ("dq", 64): ((128, 128, 8, 2), (128, 64, 8, 2)),
+        ("dq", 128): ((128, 128, 8, 2), (128, 32, 8, 2)),
+        ("dq", 256): ((128, 16, 8, 2), (64, 32, 8, 2)),
+        ("dkv", 64): ((64, 128, 8, 2),),
+        ("dkv", 128): ((64, 128, 8, 2), (32, 128, 8, 2)),
+        ("dkv", 256): ((32, 64, 8, 2), (16, 64, 8, 2)),
+        ("bias", 64): ((64, 64, 4, 2),),
+        ("bias", 128): ((64, 64, 4, 2),),
+        ("bias", 256): ((64, 64, 8, 1),),
     },
     "sm_100": {
-        "forward": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 1)),
-        "dq": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        "dkv": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
-        "bias": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+        ("forward", 64): ((128, 128, 8, 2), (128, 64, 8, 2)),
+        ("forward", 128): ((128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        ("forward", 256): ((128, 32, 8, 2),),
+        ("forward", 512): ((32, 32, 8, 2),),
+        ("dq", 64): ((128, 64, 8, 2),),
+        ("dq", 128): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        ("dq", 256): ((64, 64, 8, 2),),
+        ("dkv", 64): ((64, 128, 8, 2),),
+        ("dkv", 128): ((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)),
+        ("dkv", 256): ((64, 64, 8, 2),),
+        ("bias", 64): ((64, 64, 4, 2),),
+        ("bias", 128): ((64, 64, 4, 2),),
+        ("bias", 256): ((64, 64, 8, 1),),
     },
     "gfx942": {
-        "forward": (Tile(128, 64, 4, 1), Tile(128, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 16, 4, 1)),
-        "dq": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
-        "dkv": (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
-        "bias": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        ("forward", 64): ((128, 32, 4, 1), (128, 32, 4, 1), (64, 16, 4, 1)),
+        ("forward", 128): ((128, 32, 4, 1), (128, 32, 4, 1), (64, 16, 4, 1)),
+        ("forward", 256): ((64, 32, 4, 1), (64, 16, 4, 1)),
+        ("forward", 512): ((64, 16, 8, 1), (64, 16, 8, 1), (32, 16, 4, 1)),
+        ("dq", 64): ((64, 32, 4, 1),),
+        ("dq", 128): ((64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
+        ("dq", 256): ((64, 16, 4, 1),),
+        ("dkv", 64): ((16, 64, 4, 1),),
+        ("dkv", 128): ((32, 64, 4, 1), (16, 64, 4, 1)),
+        ("dkv", 256): ((16, 64, 8, 1),),
+        ("bias", 64): ((32, 32, 4, 1),),
+        ("bias", 128): ((32, 32, 4, 1),),
+        ("bias", 256): ((16, 32, 4, 1),),
     },
 }
-# float32 has twice the bytes, and where torch is not told otherwise its products are of the common arithmetic
+# float32 on all targets: twice the bytes, and unless torch is told otherwise products without tensor cores, which
+# keep whole rows of both operands in registers
 WIDE_TILES = {
-    "forward": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-    "dq": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
-    "dkv": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
-    "bias": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+    ("forward", 64): ((32, 32, 4, 1),),
+    ("forward", 128): ((16, 16, 4, 1),),
+    ("forward", 256): ((16, 16, 8, 1),),
+    ("forward", 512): ((16, 16, 8, 1),),
+    ("dq", 64): ((32, 32, 8, 1),),
+    ("dq", 128): ((16, 16, 8, 1),),
+    ("dq", 256): ((16, 16, 8, 1),),
+    ("dkv", 64): ((32, 32, 8, 1),),
+    ("dkv", 128): ((32, 16, 8, 1),),
+    ("dkv", 256): ((16, 16, 8, 1),),
+    ("bias", 64): ((32, 32, 4, 1),),
+    ("bias", 128): ((16, 16, 4, 1),),
+    ("bias", 256): ((16, 16, 8, 1),),
 }
 
 
@@ -411,7 +470,8 @@ def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Ten
     # few queries: the query heads of a key head share a tile, and its keys are read once
     pack = group if opts.max_q * group <= 64 else 1
     rows = opts.max_q * pack
-    tile = attention_tile("forward", max(arguments["BLOCK_D"], arguments["BLOCK_E"]), q.element_size(), rows, target)
+    dim = max(arguments["BLOCK_D"], arguments["BLOCK_E"])
+    tile = attention_tile("forward", dim, q.element_size(), rows, target, tile_column("forward", opts, group, target))
     descriptors = _descriptors(target, tile.block_n, k, v)
     grid = (-(-rows // tile.block_m), q.shape[1] // pack, n_batch)
     _launch(
@@ -441,7 +501,8 @@ def _backward_triton(
     dim, size = max(arguments["BLOCK_D"], arguments["BLOCK_E"]), q.element_size()
     n_heads, kv_heads, n_batch = q.shape[1], k.shape[1], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
     stats = lse.new_empty(*lse.shape, 2)
-    tile = attention_tile("dq", dim, size, opts.max_q, target)
+    group = arguments["GROUP"]
+    tile = attention_tile("dq", dim, size, opts.max_q, target, tile_column("dq", opts, group, target))
     descriptors = _descriptors(target, tile.block_n, k, v)
     grid = (-(-opts.max_q // tile.block_m), n_heads, n_batch)
     _launch(
@@ -450,7 +511,7 @@ def _backward_triton(
         dlse_strides=(0, 0, 0) if dlse is None else dlse.stride(), DLSE=dlse is not None,
         DESCRIPTOR=descriptors is not None, **arguments, **_of_tile(tile, k, v),
     )  # fmt: skip
-    tile = attention_tile("dkv", dim, size, opts.max_k, target)
+    tile = attention_tile("dkv", dim, size, opts.max_k, target, tile_column("dkv", opts, group, target))
     grid = (-(-opts.max_k // tile.block_n), kv_heads, n_batch)
     _launch(
         attention_backward_dkv_kernel, grid, q, k, v, do, dk, dv, stats, do_strides=do.stride(), dk_strides=dk.stride(),
@@ -458,7 +519,7 @@ def _backward_triton(
     )  # fmt: skip
     if bias_grad:
         assert opts.bias is not None
-        tile = attention_tile("bias", dim, size, opts.max_q, target)
+        tile = attention_tile("bias", dim, size, opts.max_q, target, tile_column("bias", opts, group, target))
         summed = tuple(
             b == 1 and n != 1
             for b, n in zip(opts.bias.shape, (n_batch, n_heads, *q.shape[2:3], *k.shape[2:3]), strict=True)
