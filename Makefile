@@ -49,6 +49,7 @@ bench: $(VENV)/.dev $(VENV)/.model  ## every benchmark at a small size
 gpu: $(VENV)/.dev $(VENV)/.model  ## on a machine with a GPU: the tests there, then the benchmarks
 	$(BIN)/python -m pytest --device cuda
 	$(BIN)/python -m benchmarks softmax --device cuda --csv bench-softmax.csv
+	$(BIN)/python -m benchmarks attention --device cuda --csv bench-attention.csv
 	$(BIN)/python -m benchmarks.bench_generate --model "$(MODEL)"
 
 clean:

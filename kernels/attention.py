@@ -286,8 +286,9 @@ def attention_forward_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, stats_ptr, bias_ptr, slopes_ptr,
-    cu_q_ptr, cu_k_ptr, seed_ptr, q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, dlse_strides, bias_strides,
-    slopes_stride, n_heads, q_total, k_total, scale, left, right, softcap, dropout_p, first_batch,
+    cu_q_ptr, cu_k_ptr, seed_ptr,
+    q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, dlse_strides, bias_strides, slopes_stride,
+    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p, first_batch,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, DLSE: tl.constexpr,

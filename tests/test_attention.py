@@ -50,8 +50,10 @@ def test_reference_backward_is_autograds():
         torch.randn(2, 4, 9, 11, dtype=torch.float64).masked_fill(torch.rand(2, 4, 9, 11) > 0.8, -INF).requires_grad_()
     )
     keep = torch.rand(2, 4, 9, 11) > 0.3
-    options = {"left": 5, "right": 2, "bottom_right": True, "softcap": 1.5, "alibi_slopes": torch.rand(2, 4), "scale": 0.9,
-               "sinks": sinks, "bias": bias, "keep": keep, "dropout_p": 0.3}  # fmt: skip
+    options = {
+        "left": 5, "right": 2, "bottom_right": True, "softcap": 1.5, "alibi_slopes": torch.rand(2, 4), "scale": 0.9,
+        "sinks": sinks, "bias": bias, "keep": keep, "dropout_p": 0.3,
+    }  # fmt: skip
     out, lse = reference(q, k, v, **options)
     d_out, d_lse = torch.randn_like(out), torch.randn_like(lse)
     expected = torch.autograd.grad([out, lse], [q, k, v, bias, sinks], [d_out, d_lse])
@@ -392,8 +394,8 @@ def test_padding_keys_have_no_gradient(path):
 
 
 def test_large_scores(path):
-    q, k, v = make(Sq=40, Sk=50, D=16)
-    check(path, (8 * q, 8 * k, v), right=0, bottom_right=True)
+    q, k, v = make(Sq=40, Sk=50, D=16, dtype=torch.float16)
+    check(path, (20 * q, 20 * k, v), right=0, bottom_right=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- dropout
@@ -653,23 +655,23 @@ def flat(cu_q=CU, cu_k=CU, t=T[:1], **options):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: attention(T[0], T, T), ValueError, r"query must be \(batch, heads, length, head_dim\), got shape \(4, 5, 8\)"),
+        (lambda: attention(T[0], T, T), ValueError, r"query must be \(batch, .*\), got shape \(4, 5, 8\)"),
         (lambda: attention(T, T[..., :4], T), ValueError, r"key must be .* head_dim 8, got shape \(2, 4, 5, 4\)"),
         (lambda: attention(T, T[:1], T), ValueError, r"key must be .* batch 2"),
-        (lambda: attention(T, T, T[:, :, :3]), ValueError, r"value must have key's batch, heads and length \(2, 4, 5\)"),
+        (lambda: attention(T, T, T[:, :, :3]), ValueError, r"value must have key's batch.* \(2, 4, 5\)"),
         (lambda: attention(T, T[:, :3], T[:, :3]), ValueError, "heads must be a multiple of key's: got 4 and 3"),
-        (lambda: attention(T, T.half(), T), TypeError, "key must be torch.float32 on cpu like query, got torch.float16"),
+        (lambda: attention(T, T.half(), T), TypeError, "key must be torch.float32 on cpu like query"),
         (lambda: attention(*[T.long()] * 3), TypeError, "query must be float16, bfloat16 or float32"),
         (lambda: attention(*[torch.zeros(1, 1, 2, 600)] * 3), ValueError, "head_dim must be 1 to 512, got 600"),
-        (lambda: attention(T, T, T, dropout_p=1.0), ValueError, "dropout_p must be at least 0 and less than 1, got 1.0"),
+        (lambda: attention(T, T, T, dropout_p=1.0), ValueError, "dropout_p must be at least 0 .*, got 1.0"),
         (lambda: attention(T, T, T, dropout_p=-0.1), ValueError, "dropout_p"),
         (lambda: attention(T, T, T, softcap=-1.0), ValueError, "softcap must be positive"),
         (lambda: attention(T, T, T, scale=INF), ValueError, "scale must be finite"),
         (lambda: attention(T, T, T, left=-1), ValueError, "left must be at least 0 or None, got -1"),
-        (lambda: attention(T, T, T, bias=torch.zeros(3, 5)), ValueError, r"attn_mask must broadcast to \(2, 4, 5, 5\), got shape \(3, 5\)"),
+        (lambda: attention(T, T, T, bias=torch.zeros(3, 5)), ValueError, r"attn_mask .* \(2, 4, 5, 5\), got shape"),
         (lambda: attention(T, T, T, bias=torch.zeros(1, 2, 4, 5, 5)), ValueError, "attn_mask must broadcast"),
         (lambda: attention(T, T, T, bias=torch.zeros(5, 5).int()), TypeError, "attn_mask must be boolean"),
-        (lambda: attention(T, T, T, alibi_slopes=torch.zeros(3)), ValueError, r"alibi_slopes must have the shape \(4,\) or \(2, 4\)"),
+        (lambda: attention(T, T, T, alibi_slopes=torch.zeros(3)), ValueError, r"alibi_slopes .* \(4,\) or \(2, 4\)"),
         (lambda: attention(T, T, T, sinks=torch.zeros(4).long()), TypeError, "sinks must be floating-point"),
         (lambda: attention(T, T, T, sinks=torch.zeros(2, 4)), ValueError, r"sinks must have the shape \(4,\)"),
         (lambda: flat(cu_k=None), ValueError, "cu_seqlens_k is missing"),
@@ -680,13 +682,13 @@ def flat(cu_q=CU, cu_k=CU, t=T[:1], **options):
         (lambda: flat(CU.long()), ValueError, "cu_seqlens_q must be int32 of shape"),
         (lambda: flat(CU, torch.tensor([0, 5], dtype=torch.int32)), ValueError, "must be of equal length, got 3 and 2"),
         (lambda: flat(CU.to("meta")), ValueError, "on cpu, got torch.int32 .* on meta"),
-        (lambda: flat(max_seqlen_q=2, max_seqlen_k=3), ValueError, "max_seqlen_q is 2, the longest sequence of cu_seqlens_q 3"),
+        (lambda: flat(max_seqlen_q=2, max_seqlen_k=3), ValueError, "max_seqlen_q is 2, the longest"),
         (lambda: flat(bias=torch.zeros(5, 5)), ValueError, "bias cannot be combined with cu_seqlens_q"),
         (lambda: lmops.scaled_dot_product_attention(T, T[:, :2], T[:, :2]), ValueError, "unless enable_gqa=True"),
         (lambda: lmops.scaled_dot_product_attention(T, T, T, window=3), ValueError, "window must be a pair"),
         (lambda: lmops.scaled_dot_product_attention(T, T, T, window=(1.5, 2)), ValueError, "window must be a pair"),
         (lambda: lmops.scaled_dot_product_attention(T, T, T, window=(-2, 2)), ValueError, "at least 0, or -1"),
-        (lambda: lmops.scaled_dot_product_attention(T, T[0], T[0]), ValueError, "equally many dimensions, got 4, 3 and 3"),
+        (lambda: lmops.scaled_dot_product_attention(T, T[0], T[0]), ValueError, "equally many dimensions, got 4, 3"),
     ],
 )  # fmt: skip
 def test_errors(call, error, message):
