@@ -175,6 +175,16 @@ def test_windows(path, left, right, bottom_right):
     check(path, tensors, left=left, right=right, bottom_right=bottom_right)
 
 
+@pytest.mark.parametrize(("left", "Sk", "bottom_right"), [(100, 600, True), (40, 700, True), (40, 560, False)])
+def test_window_over_a_long_sequence(path, left, Sk, bottom_right):
+    q, k, v = make(B=1, H=2, KV=1, Sq=560, Sk=Sk, D=16, dtype=torch.float16)
+    actual = attention(*(t.to(path.device) for t in (q, k, v)), left=left, right=0, bottom_right=bottom_right)
+    options = {"left": left, "right": 0, "bottom_right": bottom_right}
+    truth, baseline = reference(q.double(), k.double(), v.double(), **options), reference(q, k, v, **options)
+    assert_accurate(actual[0], truth[0], baseline[0])
+    assert_accurate(actual[1].half(), truth[1], baseline[1].half())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(path, layout):
     tensors = [arrange(t, layout) for t in make(H=2, KV=2, Sq=40, Sk=50, D=16, dtype=torch.float16)]

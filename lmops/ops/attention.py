@@ -22,6 +22,7 @@ from lmops.reference.attention import dropout_keep
 _torch_forward: Any = torch._scaled_dot_product_flash_attention_for_cpu
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 NEG_INF = float("-inf")
+CPU_BLOCK = 256  # queries
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,17 @@ def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor
     if not _torch_can(opts) or k.shape[2] == 0:
         o, l = reference(q, k, v, **_reference_options(q, k, opts))
         return out.copy_(o), lse.copy_(l)
+    q_len, k_len = q.shape[2], k.shape[2]
+    shift = k_len - q_len if opts.bottom_right else 0
+    if opts.left is not None and opts.right == 0 and shift + q_len <= k_len and q_len > CPU_BLOCK and opts.bias is None:
+        # of a sliding window only the band is computed: blocks of queries over the keys that they see
+        for start in range(0, q_len, CPU_BLOCK):
+            stop = min(start + CPU_BLOCK, q_len)
+            at_q, at_k = slice(start, stop), slice(max(0, start + shift - opts.left), max(0, stop + shift))
+            block = vars(opts) | {"max_q": stop - start, "max_k": at_k.stop - at_k.start, "bottom_right": True}
+            o, l = _forward_cpu(q[:, :, at_q], k[:, :, at_k], v[:, :, at_k], *block.values())
+            out[:, :, at_q], lse[:, :, at_q] = o, l
+        return out, lse
     causal, mask = _torch_mask(q, k, opts)
     o, l = _torch_forward(*_same_dim(q, k, v), 0.0, causal, attn_mask=mask, scale=opts.scale)
     o = o[..., : v.shape[-1]]
@@ -621,7 +633,7 @@ def attention(
     Returns (B, H, Sq, Dv) in the query's dtype and (B, H, Sq) in float32, natural logarithm, sink included.
     Under torch.autocast query, key and value are cast to its dtype.
     A row that sees no key gives 0 and -inf (or the sink), and no gradient. NaN and inf in keys and values that a row
-    does not see do not reach it; in those that it sees they make it NaN.
+    does not see do not reach it; NaN in those that it sees makes it NaN.
     The method is FlashAttention-2 (arXiv 2307.08691): memory is linear in Sq and Sk. No atomics: repeatable bitwise.
     Raises ValueError or TypeError for arguments that do not fit together.
     """
