@@ -281,8 +281,10 @@ def attention_tile(kernel: str, dim: int, element_size: int, rows: int, target: 
     dim: the longer head_dim, as a power of 2; rows: of the dimension that the grid is over; column: `tile_column`.
     """
     bucket = next(most for most in (64, 128, 256, 512) if dim <= most)
-    table = WIDE_TILES if element_size == 4 else TILES.get(target, TILES["sm_80"])
-    columns = table[kernel, bucket]
+    if element_size == 4:
+        columns, column = WIDE_TILES[kernel, bucket], int(target.startswith("gfx"))
+    else:
+        columns = TILES.get(target, TILES["sm_80"])[kernel, bucket]
     tile = Tile(*columns[min(column, len(columns) - 1)])
     if kernel == "forward" and rows < tile.block_m:
         # few queries: no more rows than there are, as tensor cores allow. Fewer than 4 warps could not hold the keys
@@ -305,12 +307,12 @@ TILES = {
         ("dq", 64): ((128, 64, 8, 2),),
         ("dq", 128): ((128, 64, 8, 2), (128, 32, 8, 2)),
         ("dq", 256): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-        ("dkv", 64): ((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
+        ("dkv", 64): ((64, 128, 8, 2), (32, 128, 8, 2)),
         ("dkv", 128): ((128, 64, 8, 2), (64, 64, 8, 2)),
         ("dkv", 256): ((32, 64, 8, 2), (32, 32, 8, 2)),
-        ("bias", 64): ((64, 64, 4, 2),),
-        ("bias", 128): ((64, 64, 4, 2),),
-        ("bias", 256): ((64, 64, 8, 1),),
+        ("bias", 64): ((64, 32, 4, 2),),
+        ("bias", 128): ((64, 32, 8, 2),),
+        ("bias", 256): ((32, 32, 8, 2),),
     },
     "sm_90": {
         ("forward", 64): ((128, 128, 8, 2), (128, 64, 8, 2)),
@@ -324,8 +326,8 @@ TILES = {
         ("dkv", 128): ((64, 128, 8, 2), (32, 128, 8, 2)),
         ("dkv", 256): ((32, 64, 8, 2), (16, 64, 8, 2)),
         ("bias", 64): ((64, 64, 4, 2),),
-        ("bias", 128): ((64, 64, 4, 2),),
-        ("bias", 256): ((64, 64, 8, 1),),
+        ("bias", 128): ((64, 64, 8, 2),),
+        ("bias", 256): ((64, 32, 8, 1),),
     },
     "sm_100": {
         ("forward", 64): ((128, 128, 8, 2), (128, 64, 8, 2)),
@@ -336,41 +338,41 @@ TILES = {
         ("dq", 128): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
         ("dq", 256): ((64, 64, 8, 2),),
         ("dkv", 64): ((64, 128, 8, 2),),
-        ("dkv", 128): ((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)),
-        ("dkv", 256): ((64, 64, 8, 2),),
+        ("dkv", 128): ((64, 128, 8, 2), (32, 128, 8, 1), (32, 128, 8, 2)),
+        ("dkv", 256): ((32, 64, 8, 2),),
         ("bias", 64): ((64, 64, 4, 2),),
-        ("bias", 128): ((64, 64, 4, 2),),
-        ("bias", 256): ((64, 64, 8, 1),),
+        ("bias", 128): ((64, 64, 8, 2),),
+        ("bias", 256): ((64, 32, 8, 1),),
     },
     "gfx942": {
-        ("forward", 64): ((128, 32, 4, 1), (128, 32, 4, 1), (64, 16, 4, 1)),
-        ("forward", 128): ((128, 32, 4, 1), (128, 32, 4, 1), (64, 16, 4, 1)),
+        ("forward", 64): ((128, 32, 8, 1), (128, 32, 8, 1), (64, 16, 4, 1)),
+        ("forward", 128): ((128, 32, 8, 1), (128, 32, 4, 1), (64, 16, 4, 1)),
         ("forward", 256): ((64, 32, 4, 1), (64, 16, 4, 1)),
         ("forward", 512): ((64, 16, 8, 1), (64, 16, 8, 1), (32, 16, 4, 1)),
         ("dq", 64): ((64, 32, 4, 1),),
         ("dq", 128): ((64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
         ("dq", 256): ((64, 16, 4, 1),),
         ("dkv", 64): ((16, 64, 4, 1),),
-        ("dkv", 128): ((32, 64, 4, 1), (16, 64, 4, 1)),
+        ("dkv", 128): ((32, 64, 8, 1), (16, 64, 4, 1)),
         ("dkv", 256): ((16, 64, 8, 1),),
         ("bias", 64): ((32, 32, 4, 1),),
         ("bias", 128): ((32, 32, 4, 1),),
         ("bias", 256): ((16, 32, 4, 1),),
     },
 }
-# float32 on all targets: twice the bytes, and unless torch is told otherwise products without tensor cores, which
-# keep whole rows of both operands in registers
+# float32: twice the bytes, and unless torch is told otherwise products without tensor cores, which keep whole rows of
+# both operands in registers. Columns: NVIDIA | AMD
 WIDE_TILES = {
     ("forward", 64): ((32, 32, 4, 1),),
-    ("forward", 128): ((16, 16, 4, 1),),
+    ("forward", 128): ((32, 16, 8, 1),),
     ("forward", 256): ((16, 16, 8, 1),),
     ("forward", 512): ((16, 16, 8, 1),),
     ("dq", 64): ((32, 32, 8, 1),),
     ("dq", 128): ((16, 16, 8, 1),),
-    ("dq", 256): ((16, 16, 8, 1),),
+    ("dq", 256): ((16, 16, 8, 2), (16, 16, 4, 1)),
     ("dkv", 64): ((32, 32, 8, 1),),
     ("dkv", 128): ((32, 16, 8, 1),),
-    ("dkv", 256): ((16, 16, 8, 1),),
+    ("dkv", 256): ((16, 16, 8, 1), (16, 16, 4, 2)),
     ("bias", 64): ((32, 32, 4, 1),),
     ("bias", 128): ((16, 16, 4, 1),),
     ("bias", 256): ((16, 16, 8, 1),),
