@@ -270,7 +270,7 @@ def tile_column(kernel: str, opts: Options, group: int, target: str) -> int:
         return 2
     if opts.slopes is not None or opts.softcap or opts.dropout_p:
         return 1
-    # dk and dv stay through a loop over the query heads of a group; without bounds sm_90 pipelines the loop further
+    # the loop over the query heads of a group takes registers beside dk and dv; sm_90 spills without bounds as well
     unbounded = opts.left is None and opts.right is None
     return int(kernel == "dkv" and (group > 1 or (unbounded and target == "sm_90")))
 
