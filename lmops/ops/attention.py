@@ -289,9 +289,11 @@ def attention_tile(kernel: str, dim: int, element_size: int, rows: int, target: 
         columns = TILES.get(target, TILES["sm_80"])[kernel, bucket]
     tile = Tile(*columns[min(column, len(columns) - 1)])
     if kernel == "forward" and rows < tile.block_m:
-        # few queries: no more rows than there are, as tensor cores allow. Fewer than 4 warps could not hold the keys
+        # few queries: no more rows than there are, as tensor cores allow. Fewer than 4 warps could not hold the keys,
+        # and at a long head_dim 4 cannot hold the output
         block_m = max(16, 1 << (rows - 1).bit_length())
-        return Tile(block_m, tile.block_n, min(tile.num_warps, 4 if bucket <= 256 else 8), tile.num_stages)
+        most_warps = 8 if bucket == 512 or block_m * bucket > 64 * 128 else 4
+        return Tile(block_m, tile.block_n, min(tile.num_warps, most_warps), tile.num_stages)
     return tile
 
 
@@ -470,7 +472,7 @@ def _launch(kernel: Any, grid: tuple[int, int, int], *tensors: Any, **arguments:
     """Launch over (tiles, heads, batch); a larger batch than a grid holds takes several launches."""
     tiles, heads, n_batch = grid
     for first in range(0, n_batch, MAX_GRID):
-        kernel[(tiles, heads, min(MAX_GRID, n_batch - first))](*tensors, first_batch=first, **arguments)
+        kernel[(tiles, heads, min(MAX_GRID, n_batch - first))](*tensors, FIRST_BATCH=first, **arguments)
 
 
 def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
