@@ -472,7 +472,7 @@ def _launch(kernel: Any, grid: tuple[int, int, int], *tensors: Any, **arguments:
     """Launch over (tiles, heads, batch); a larger batch than a grid holds takes several launches."""
     tiles, heads, n_batch = grid
     for first in range(0, n_batch, MAX_GRID):
-        kernel[(tiles, heads, min(MAX_GRID, n_batch - first))](*tensors, FIRST_BATCH=first, **arguments)
+        kernel[(tiles, heads, min(MAX_GRID, n_batch - first))](*tensors, first_batch=first, **arguments)
 
 
 def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
