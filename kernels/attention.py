@@ -22,12 +22,12 @@ from .common import LN2, LOG2E, online_softmax_step
 
 
 @triton.jit
-def program(first_batch, REVERSE: tl.constexpr):
+def program(FIRST_BATCH: tl.constexpr, REVERSE: tl.constexpr):
     """Tile, head and batch of this program. The tiles of a head are neighbours: they share its keys in L2."""
     tile = tl.program_id(0)
     if REVERSE:  # the tiles with most to do go first, so that no long one is left at the end
         tile = tl.num_programs(0) - 1 - tile
-    return tile, tl.program_id(1), first_batch + tl.program_id(2)
+    return tile, tl.program_id(1), FIRST_BATCH + tl.program_id(2)
 
 
 @triton.jit
@@ -183,16 +183,17 @@ def kept(seed, rows, cols, head, dropout_p):
 
 
 # lengths and bounds vary from call to call, and knowing their divisors would change nothing
-VARYING = ("n_batch", "n_heads", "q_total", "k_total", "left", "right", "first_batch")
+VARYING = ("n_batch", "n_heads", "q_total", "k_total", "left", "right")
 
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, lse_ptr, bias_ptr, slopes_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
     q_strides, k_strides, v_strides, o_strides, bias_strides, slopes_stride,
-    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p, first_batch,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, PACKED: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
+    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
+    FIRST_BATCH: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr,
+    ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr, PTX: tl.constexpr, OFFSET: tl.constexpr, ALIKE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -203,7 +204,7 @@ def attention_forward_kernel(
     fill a tile, and read keys once. DESCRIPTOR: k_desc and v_desc are tensor descriptors of k and v. OFFSET: the
     integers that hold offsets within a tile. ALIKE: k and v lie alike in memory. PTX: the target is NVIDIA's.
     """
-    tile, head0, batch = program(first_batch, RIGHT)
+    tile, head0, batch = program(FIRST_BATCH, RIGHT)
     q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
     k_batch, k_first, k_len = sequence(cu_k_ptr, batch, k_total, PACKED)
     row0 = tile * BLOCK_M
@@ -288,9 +289,10 @@ def attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, stats_ptr, bias_ptr, slopes_ptr,
     cu_q_ptr, cu_k_ptr, seed_ptr,
     q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, dlse_strides, bias_strides, slopes_stride,
-    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p, first_batch,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
+    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
+    FIRST_BATCH: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr,
+    PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr,
+    ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, DLSE: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr, PTX: tl.constexpr, OFFSET: tl.constexpr, ALIKE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -300,7 +302,7 @@ def attention_backward_dq_kernel(
     For the other kernels it writes stats (B, H, Sq, 2) float32: base, where p = 2^(scores log2(e) - base), and delta.
     DLSE: the gradient of lse is there, (B, H, Sq) with dlse_strides.
     """
-    tile, head, batch = program(first_batch, RIGHT)
+    tile, head, batch = program(FIRST_BATCH, RIGHT)
     q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
     k_batch, k_first, k_len = sequence(cu_k_ptr, batch, k_total, PACKED)
     row0 = tile * BLOCK_M
@@ -370,17 +372,20 @@ def attention_backward_dq_kernel(
             v = load_tile(v_desc if DESCRIPTOR else v_ptr, k_batch, kv_head, k_first + start if DESCRIPTOR else start,
                           v_offsets, v_strides[2], in_cols, BLOCK_N, BLOCK_E, VALUE_DIM, EDGE, DESCRIPTOR)  # fmt: skip
             p = tl.exp2(x * factor - base[:, None])
-            dp = tl.dot(do, v.T, input_precision=PRECISION)
+            # without dropout -delta is the first value of the sum
+            dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) - (0.0 if DROPOUT else delta[:, None])
+            dp = tl.dot(do, v.T, dp, input_precision=PRECISION)
             if DROPOUT:
                 keep = kept(seed, positions[:, None], at[None, :], batch * n_heads + head, dropout_p)
                 dp = tl.where(keep, dp * (1 / (1 - dropout_p)), 0.0)
-            ds = p * (dp - delta[:, None])
+            ds = p * (dp - delta[:, None] if DROPOUT else dp)
             if SOFTCAP:
                 ds *= slope_of_cap
             if EDGE or (BIAS != ""):  # what is hidden takes no part, whatever is in v there
                 ds = tl.where(p == 0, 0.0, ds)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     positions = afresh(row0, PTX) + tl.arange(0, BLOCK_M)
+    dims = afresh(row0 * 0, PTX) + tl.arange(0, BLOCK_D)
     in_q = (positions < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
     dq_at = offset((q_batch, head, (q_first + positions)[:, None], dims[None, :]), dq_strides)
     tl.store(dq_ptr + dq_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=in_q)
@@ -390,9 +395,10 @@ def attention_backward_dq_kernel(
 def attention_backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, stats_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, bias_strides, slopes_stride,
-    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p, first_batch,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr,
+    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
+    FIRST_BATCH: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr,
+    PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr,
+    ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
     OFFSET: tl.constexpr, ALIKE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -401,7 +407,7 @@ def attention_backward_dkv_kernel(
 
     Scores are computed transposed, k q^T, so that p^T and ds^T are the left operands of the products as they come.
     """
-    tile, kv_head, batch = program(first_batch, LEFT and not RIGHT)
+    tile, kv_head, batch = program(FIRST_BATCH, LEFT and not RIGHT)
     q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
     k_batch, k_first, k_len = sequence(cu_k_ptr, batch, k_total, PACKED)
     col0 = tile * BLOCK_N

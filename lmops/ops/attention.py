@@ -287,6 +287,8 @@ def attention_tile(kernel: str, dim: int, element_size: int, rows: int, target: 
         columns, column = WIDE_TILES[kernel, bucket], int(target.startswith("gfx"))
     else:
         columns = TILES.get(target, TILES["sm_80"])[kernel, bucket]
+        if target in ("sm_86", "sm_89", "sm_120"):
+            column = 2  # these have 99 KiB of shared memory a block, sm_80 has 163
     tile = Tile(*columns[min(column, len(columns) - 1)])
     if kernel == "forward" and rows < tile.block_m:
         # few queries: no more rows than there are, as tensor cores allow. Fewer than 4 warps could not hold the keys,
@@ -324,7 +326,7 @@ TILES = {
         ("forward", 256): ((128, 32, 8, 2), (128, 32, 8, 2), (128, 16, 8, 2)),
         ("forward", 512): ((32, 32, 8, 2),),
         ("dq", 64): ((128, 128, 8, 2), (128, 64, 8, 2)),
-        ("dq", 128): ((128, 128, 8, 2), (128, 32, 8, 2)),
+        ("dq", 128): ((128, 64, 8, 2), (128, 32, 8, 2)),
         ("dq", 256): ((128, 16, 8, 2), (64, 32, 8, 2)),
         ("dkv", 64): ((64, 128, 8, 2),),
         ("dkv", 128): ((64, 128, 8, 2), (32, 128, 8, 2)),
@@ -445,8 +447,8 @@ def _of_tile(tile: Tile, *tensors: Tensor) -> dict[str, Any]:
 
 def _descriptors(target: str, rows: int, *tensors: Tensor) -> tuple[Any, Any] | None:
     """Descriptors for the TMA unit to load tiles of so many rows, where there is one and the tensors suit it."""
-    if target not in ("sm_90", "sm_100"):
-        return None
+    if target not in ("sm_90", "sm_100") or tensors[0].element_size() == 4:
+        return None  # float32 products go through registers, where a tile of the TMA unit would only take a detour
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     for t in tensors:
@@ -472,7 +474,7 @@ def _launch(kernel: Any, grid: tuple[int, int, int], *tensors: Any, **arguments:
     """Launch over (tiles, heads, batch); a larger batch than a grid holds takes several launches."""
     tiles, heads, n_batch = grid
     for first in range(0, n_batch, MAX_GRID):
-        kernel[(tiles, heads, min(MAX_GRID, n_batch - first))](*tensors, first_batch=first, **arguments)
+        kernel[(tiles, heads, min(MAX_GRID, n_batch - first))](*tensors, FIRST_BATCH=first, **arguments)
 
 
 def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
