@@ -226,7 +226,9 @@ def inspect_nvidia(row: Row, kernel: Any) -> None:
     log = ptxas_log(kernel)
     row.spill_bytes = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
     # "ptxas info    : (C7510) Potential Performance Loss: ..."; C7519 only says where it put a warpgroup.arrive
-    notes = [line.partition(":")[2].strip() for line in log.splitlines() if re.search(r"\(C(?!7519)\d+\)|warning", line)]
+    notes = [
+        line.partition(":")[2].strip() for line in log.splitlines() if re.search(r"\(C(?!7519)\d+\)|warning", line)
+    ]
     row.advisories = sorted({re.sub(r" in (the )?function.*", "", advisory) for advisory in notes})
 
 

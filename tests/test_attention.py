@@ -709,3 +709,12 @@ def test_autocast(path):
     expected = lmops.scaled_dot_product_attention(*(t.bfloat16() for t in (q, k, v)), enable_gqa=True)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected)
+
+
+def test_tiles_fit_small_shared_memory():
+    """Targets with less shared memory take smaller tiles; unknown ones those of sm_80."""
+    for kernel, dim in module.TILES["sm_80"]:
+        small, known = (module.attention_tile(kernel, dim, 2, 4096, target, 0) for target in ("sm_86", "sm_80"))
+        assert small.block_m * small.block_n <= known.block_m * known.block_n
+        assert module.attention_tile(kernel, dim, 2, 4096, "sm_75", 0) == known
+    assert module.attention_tile("forward", 128, 2, 1, "sm_90", 0).block_m == 16

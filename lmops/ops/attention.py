@@ -287,8 +287,8 @@ def attention_tile(kernel: str, dim: int, element_size: int, rows: int, target: 
         columns, column = WIDE_TILES[kernel, bucket], int(target.startswith("gfx"))
     else:
         columns = TILES.get(target, TILES["sm_80"])[kernel, bucket]
-        if target in ("sm_86", "sm_89", "sm_120"):
-            column = 2  # these have 99 KiB of shared memory a block, sm_80 has 163
+        if target in ("sm_86", "sm_89", "sm_120"):  # 99 KiB of shared memory a block, where sm_80 has 163
+            columns = SMALL_TILES.get((kernel, bucket), columns[-1:])
     tile = Tile(*columns[min(column, len(columns) - 1)])
     if kernel == "forward" and rows < tile.block_m:
         # few queries: no more rows than there are, as tensor cores allow. Fewer than 4 warps could not hold the keys,
