@@ -366,6 +366,8 @@ TILES = {
         ("bias", 256): ((16, 32, 4, 1),),
     },
 }
+# where the last column of sm_80 does not fit 99 KiB
+SMALL_TILES = {("dq", 256): ((32, 32, 8, 2),)}
 # float32: twice the bytes, and unless torch is told otherwise products without tensor cores, which keep whole rows of
 # both operands in registers. Columns: NVIDIA | AMD
 WIDE_TILES = {
