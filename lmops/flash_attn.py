@@ -245,8 +245,6 @@ def _attention(
     left, right = _window(window_size, "window_size")
     if packing:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-        # often one tensor with cu_seqlens_q, and torch.compile takes none twice
-        packing["cu_seqlens_k"] = packing["cu_seqlens_k"].view(-1)
     out, lse = attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

@@ -673,7 +673,9 @@ def attention(
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    if not packed:
+    if packed:  # of sequences of any length up to the longest
+        left, right = (None if bound is None or bound >= max_q + max_k else bound for bound in (left, right))
+    else:
         left, right = _binding(left, right, max_k - max_q if bottom_right else 0, max_q, max_k)
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
     arguments = (
