@@ -319,12 +319,12 @@ def test_bounds_of_any_size(path):
     q, k, v = (t.to(path.device) for t in make(B=1, Sq=9, Sk=9, D=16))
     cu = packed([5, 4]).to(path.device)
     options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 5, "max_seqlen_k": 5, "bottom_right": True}
-    for given in (options, {}):
+    for packing in (options, {}):
         for huge in (2**31 - 1, 2**40):
-            expected = attention(q, k, v, right=0, **given)[0]
-            torch.testing.assert_close(attention(q, k, v, left=huge, right=0, **given)[0], expected)
-            expected = attention(q, k, v, left=2, **given)[0]
-            torch.testing.assert_close(attention(q, k, v, left=2, right=huge, **given)[0], expected)
+            expected = attention(q, k, v, right=0, **packing)[0]
+            torch.testing.assert_close(attention(q, k, v, left=huge, right=0, **packing)[0], expected)
+            expected = attention(q, k, v, left=2, **packing)[0]
+            torch.testing.assert_close(attention(q, k, v, left=2, right=huge, **packing)[0], expected)
 
 
 def test_packed_sequences_do_not_see_each_other(path):
