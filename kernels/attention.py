@@ -163,9 +163,9 @@ def scores(x, rows, cols, bias, slope, scale, softcap, low, high, SCALED: tl.con
 
 @triton.jit
 def load_bias(bias_ptr, rows, cols, strides, q_len, k_len, BIAS: tl.constexpr):
-    """Bias at rows and cols, which broadcast against each other; None where there is none."""
+    """Bias at rows and cols, which broadcast against each other; 0 where there is none."""
     if BIAS == "":
-        return None
+        return 0.0
     else:
         at = bias_ptr + rows.to(tl.int64) * strides[2] + cols.to(tl.int64) * strides[3]
         bias = tl.load(at, mask=(rows < q_len) & (cols < k_len), other=0)
