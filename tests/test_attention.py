@@ -418,7 +418,7 @@ def test_padding_keys_have_no_gradient(path):
 
 def test_large_scores(path):
     q, k, v = make(Sq=40, Sk=50, D=16, dtype=torch.float16)
-    check(path, (20 * q, 20 * k, v), right=0, bottom_right=True)
+    check(path, (8 * q, 8 * k, v), right=0, bottom_right=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- dropout

@@ -647,7 +647,7 @@ def attention(
     The method is FlashAttention-2 (arXiv 2307.08691): memory is linear in Sq and Sk. No atomics: repeatable bitwise.
     Raises ValueError or TypeError for arguments that do not fit together.
     """
-    if torch.is_autocast_enabled(query.device.type):
+    if query.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(query.device.type):
         autocast = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t.to(autocast) if t.is_floating_point() else t for t in (query, key, value))
     n_batch, n_heads = _check_tensors(query, key, value)
