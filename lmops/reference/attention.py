@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lmops.reference.philox import philox
+
 NEG_INF = float("-inf")
 
 
@@ -154,22 +156,3 @@ def dropout_keep(seed: int, dropout_p: float, n_batch: int, n_heads: int, q_len:
     word = philox(seed, counter)[0]
     uniform = (word >> 8).to(torch.float32) * 2.0**-24
     return (uniform >= torch.tensor(dropout_p, dtype=torch.float32)).view(n_batch, n_heads, q_len, k_len)
-
-
-def philox(seed: int, counter: list[Tensor], rounds: int = 10) -> list[Tensor]:
-    """Philox4x32: four words of 32 random bits for four words of counter, all held in int64."""
-
-    def multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Upper and lower word of the product of two words, by halves: int64 does not hold it."""
-        low, high = a * (b & 0xFFFF), a * (b >> 16)
-        middle = high + (low >> 16)
-        return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
-
-    c0, c1, c2, c3 = counter
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    for _ in range(rounds):
-        high0, low0 = multiply(0xD2511F53, c0)
-        high2, low2 = multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return [c0, c1, c2, c3]
