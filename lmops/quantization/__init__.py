@@ -1,0 +1,5 @@
+"""Quantized weights: `QuantizedTensor`."""
+
+from lmops.quantization.tensor import QuantizedTensor
+
+__all__ = ["QuantizedTensor"]

@@ -1,0 +1,107 @@
+"""Quantized weights in plain torch: the packed layout, what its numbers mean, and the matmul: the specification.
+
+A weight (n_out, n_in) is held as codes u and, for each group of `group_size` columns of a row, a scale s:
+
+    w = s (u - 8)       int4, u in 0 .. 15          w = s u       int8, u in -128 .. 127; fp8, u an e4m3 number
+    w = s (u - z)       with integer zero points    w = s u + z   with floating-point offsets
+
+Codes are packed 16 bits at a time, in units of 128 columns (int4) or 64 columns (int8, fp8), into (units, n_out, 32):
+
+    int4    bits    15..12   11..8    7..4     3..0        8 bits    bits     15..8     7..0
+            column  96 + j   64 + j   32 + j   j                     column   32 + j    j         of unit u, word j
+
+so a unit of a row is 64 bytes, and word by word one shift and mask gives 32 neighbouring columns. Columns behind n_in
+are packed as 0. Scales, zeros and offsets are (groups, n_out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WORDS = 32  # of 16 bits, a unit of a row
+
+
+def bits_of(format: str) -> int:
+    """Bits of a code."""
+    return 4 if format == "int4" else 8
+
+
+def unit_columns(format: str) -> int:
+    """Columns that a unit of the packed layout holds."""
+    return WORDS * 16 // bits_of(format)
+
+
+def pack(codes: Tensor, format: str) -> Tensor:
+    """(n_out, n_in) codes, integers or for fp8 float8_e4m3fn, as (units, n_out, 32) int16."""
+    bits, columns = bits_of(format), unit_columns(format)
+    u = (codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes.to(torch.int16) & (1 << bits) - 1).to(
+        torch.int32
+    )
+    u = F.pad(u, (0, -u.shape[1] % columns)).unflatten(1, (-1, 16 // bits, WORDS))  # (n_out, units, part, word)
+    words = u[:, :, 0]
+    for part in range(1, 16 // bits):
+        words = words | u[:, :, part] << bits * part
+    return words.to(torch.int16).transpose(0, 1).contiguous()  # the upper bits wrap
+
+
+def unpack(packed: Tensor, format: str, n_in: int) -> Tensor:
+    """The inverse of `pack`: int4 as uint8, int8 as int8, fp8 as float8_e4m3fn."""
+    bits = bits_of(format)
+    shifts = torch.arange(0, 16, bits, dtype=torch.int16, device=packed.device)[:, None]
+    parts = (packed.unsqueeze(2) >> shifts) & ((1 << bits) - 1)  # (units, n_out, part, word)
+    u = parts.to(torch.uint8).permute(1, 0, 2, 3).flatten(1)[:, :n_in].contiguous()
+    return u if format == "int4" else u.view(torch.int8 if format == "int8" else torch.float8_e4m3fn)
+
+
+def per_column(groups: Tensor, group_size: int, n_in: int) -> Tensor:
+    """A value a group, (groups, n_out), as one a column, (n_out, n_in)."""
+    if len(groups) == 1:
+        return groups.T
+    return groups.T.repeat_interleave(group_size, 1)[:, :n_in]
+
+
+def dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    offsets: Tensor | None,
+    permutation: Tensor | None,
+    format: str,
+    group_size: int,
+    n_in: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight (n_out, n_in), computed in promote_types(dtype, float32) and rounded once.
+
+    zeros, offsets: (groups, n_out), at most one of them. permutation: (n_in,), packed column k is column
+    permutation[k] of the weight.
+    """
+    compute = torch.promote_types(dtype, torch.float32)
+    w = unpack(packed, format, n_in).to(compute)
+    s = per_column(scales.to(compute), group_size, n_in)
+    if offsets is not None:
+        w = w.mul_(s).add_(per_column(offsets.to(compute), group_size, n_in))
+    elif zeros is not None:
+        w = w.sub_(per_column(zeros.to(compute), group_size, n_in)).mul_(s)
+    else:
+        w = (w.sub_(8) if format == "int4" else w).mul_(s)
+    if permutation is not None:
+        w = torch.empty_like(w).index_copy_(1, permutation.long(), w)
+    return w.to(dtype)
+
+
+def row_chunks(n_out: int, n_in: int, elements: int = 1 << 20) -> Iterator[slice]:
+    """Slices over n_out rows of n_in columns, of about so many elements each."""
+    step = max(1, elements // max(1, n_in))
+    return (slice(start, min(start + step, n_out)) for start in range(0, n_out, step))
+
+
+def quantized_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., n_in) times the dequantized weight (n_out, n_in) transposed, plus bias; in float32 at least."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(compute) @ weight.to(compute).T
+    return (y if bias is None else y + bias.to(compute)).to(x.dtype)
