@@ -3,6 +3,7 @@
 from lmops.engine import generate
 from lmops.models import GPT, GPTConfig, load
 from lmops.ops.attention import scaled_dot_product_attention
+from lmops.ops.sampling import sample
 from lmops.ops.softmax import log_softmax, softmax
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "generate",
     "load",
     "log_softmax",
+    "sample",
     "scaled_dot_product_attention",
     "softmax",
 ]

@@ -1,4 +1,4 @@
-"""Philox4x32-10 (Salmon et al., 2011), the random numbers of every operator: a pure function of a seed and a counter."""
+"""Philox4x32-10 (Salmon et al., SC 2011), the random numbers of all operators: a function of a seed and a counter."""
 
 from __future__ import annotations
 

@@ -1,0 +1,354 @@
+"""sample, filter_logits and verify_draft: schemas, launchers, CPU implementations, public functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmops.ops._register import define_op
+from lmops.reference.sampling import (
+    GREEDY_BELOW,
+    LARGEST,
+    LOG2E,
+    NEG_INF,
+    adjust,
+    ln,
+    noise,
+    noise_of_all,
+    weights,
+)
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTS = (torch.int32, torch.int64)
+MAX_COLS = 1 << 22  # sums of weights of at most 2^40 each stay inside int64
+DRAW, ACCEPT, REDRAW = 0, 1, 2  # streams of random numbers, which share nothing
+ROWS_AT_ONCE = 1 << 20  # elements, on a CPU
+
+
+class Sample(NamedTuple):
+    """What `sample` returns."""
+
+    tokens: Tensor
+    valid: Tensor
+    logprobs: Tensor | None
+    top_tokens: Tensor | None
+    top_logprobs: Tensor | None
+
+
+# ------------------------------------------------------------------------------------------- what may be drawn, and one
+
+
+def _z(x: Tensor, temperature: Tensor) -> Tensor:
+    """x / temperature by its reciprocal; a number stays one, however small."""
+    z = x.mul(torch.div(1.0, temperature)).clamp_(-LARGEST, LARGEST)
+    return z.masked_fill_(x == NEG_INF, NEG_INF)
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """int64 keys whose descending order is that of x, and of ids that ascend where x is equal."""
+    bits = (x + 0.0).view(torch.int32)  # + 0 makes -0 equal to 0
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (key.to(torch.int64) << 32) + torch.arange(0xFFFFFFFF, 0xFFFFFFFF - x.shape[-1], -1)
+
+
+def _prefix(x: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The first tokens of each row in descending order, (B, m) ids, and which of them the filters keep.
+
+    m grows until the last token of every row is not kept. Parameters (B, 1).
+    """
+    n_cols = x.shape[-1]
+    top_k = torch.where((top_k > 0) & (top_k < n_cols), top_k, n_cols).to(torch.int64)
+    scale = torch.div(torch.tensor(LOG2E), temperature)
+    peak = x.amax(-1, keepdim=True)
+    least = torch.where(min_p > 0, ln(min_p.clamp(min=1e-37)) * LOG2E, NEG_INF)
+    order = _ordered(x)
+    all_weights = weights((x - peak) * scale).sum(-1, keepdim=True) if (top_k == n_cols).any() else 0
+    m = 1024
+    while True:
+        m = n_cols if 4 * m > n_cols else m
+        first = order.sort(dim=-1, descending=True).values if m == n_cols else order.topk(m).values
+        ids = 0xFFFFFFFF - (first & 0xFFFFFFFF)
+        z = x.gather(-1, ids)
+        y = (z - peak) * scale
+        keep = torch.arange(m) < top_k
+        w = weights(y) * keep
+        up_to = w.cumsum(-1)
+        total = torch.where(top_k == n_cols, all_weights, up_to[:, -1:]).to(torch.float64)
+        target = (top_p.to(torch.float64) * total).ceil_().to(torch.int64)
+        keep &= (top_p >= 1) | (up_to - w < target)
+        keep &= (y >= least) & (z > NEG_INF)
+        if m == n_cols or not ((top_k > m) & ((top_k < n_cols) | keep[:, -1:])).any():
+            return ids, keep
+        m *= 16
+
+
+def _draw(
+    x: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    *,
+    stream: int,
+) -> Tensor:
+    """A token (B,) for each row of x (B, V), which has no NaN; parameters (B, 1)."""
+    greedy = temperature < GREEDY_BELOW
+    filtered = ((top_k > 0) & (top_k < x.shape[-1])) | (top_p < 1) | (min_p > 0)
+    kind = torch.where(greedy, 0, torch.where(filtered, 2, 1))[:, 0]
+    tokens = torch.empty(x.shape[0], dtype=torch.int64)
+    for value in kind.unique().tolist():
+        rows = slice(None) if (kind == value).all() else (kind == value).nonzero()[:, 0]
+        z, t, of = x[rows], temperature[rows], (seed[rows], offset[rows], stream)
+        if value == 0:
+            tokens[rows] = z.argmax(-1)
+        elif value == 1:
+            tokens[rows] = _z(z, t).add_(noise_of_all(x.shape[-1], *of)).argmax(-1)
+        else:
+            ids, keep = _prefix(z, t, top_k[rows], top_p[rows], min_p[rows])
+            ids = ids[:, : int(keep.sum(-1).max())]
+            key = _z(z.gather(-1, ids), t).add_(noise(ids, *of)).masked_fill_(~keep[:, : ids.shape[-1]], NEG_INF)
+            best = key == key.amax(-1, keepdim=True)
+            tokens[rows] = ids.masked_fill(~best, x.shape[-1] - 1).amin(-1)
+    return tokens
+
+
+# --------------------------------------------------------------------------------------------------------- the operator
+
+# the order of the operator's `per_row` and `numbers`; seed and offset come after them in `per_row`
+PARAMETERS = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
+)  # fmt: skip
+Parameters = Sequence["Tensor | None"]
+
+
+def _columns(per_row: Parameters, numbers: Sequence[float], seed: int, offset: int, n_rows: int) -> list[Tensor]:
+    """All parameters as (B, 1): float32, seed and offset int64."""
+    columns: list[Tensor] = []
+    for tensor, number in zip(per_row, [*numbers, seed, offset], strict=True):
+        dtype = torch.float32 if len(columns) < len(numbers) else torch.int64
+        value = torch.tensor(number, dtype=dtype) if tensor is None else tensor.to(dtype)
+        columns.append(value.expand(n_rows)[:, None])
+    return columns
+
+
+def _sample_cpu(
+    logits: Tensor, per_row: Parameters, numbers: Sequence[float], seed: int, offset: int,
+    token_counts: Tensor | None, logit_bias: Tensor | None, allowed_mask: Tensor | None, n_logprobs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_values(per_row)
+    outputs = _sample_fake(logits, per_row, numbers, seed, offset, token_counts, logit_bias, allowed_mask, n_logprobs)
+    tokens, valid, logprobs, top_tokens, top_logprobs = outputs
+    n_rows, n_cols = logits.shape
+    step = max(1, ROWS_AT_ONCE // n_cols)
+    for first in range(0, n_rows, step):
+        rows = slice(first, first + step)
+        part = logits[rows]
+        *filters, repetition, presence, frequency, seeds, offsets = (
+            c[rows] for c in _columns(per_row, numbers, seed, offset, n_rows)
+        )
+        x = adjust(
+            part,
+            logit_bias=logit_bias if logit_bias is None or logit_bias.ndim == 1 else logit_bias[rows],
+            allowed_mask=allowed_mask if allowed_mask is None or allowed_mask.ndim == 1 else allowed_mask[rows],
+            token_counts=None if token_counts is None else token_counts[rows],
+            repetition_penalty=repetition,
+            presence_penalty=presence,
+            frequency_penalty=frequency,
+        )
+        valid[rows] = ok = x.amax(-1) > NEG_INF
+        if not ok.all():
+            x = x.masked_fill(~ok[:, None], 0)
+        tokens[rows] = _draw(x, *filters, seeds, offsets, stream=DRAW).masked_fill_(~ok, 0)
+        if n_logprobs:
+            lse = part.to(torch.float32).logsumexp(-1, keepdim=True)
+            logprobs[rows] = (part.gather(-1, tokens[rows, None]).to(torch.float32) - lse)[:, 0]
+            top, top_tokens[rows] = part.topk(n_logprobs)
+            top_logprobs[rows] = top.to(torch.float32) - lse
+    return outputs
+
+
+def _sample_fake(
+    logits: Tensor, per_row: Parameters, numbers: Sequence[float], seed: int, offset: int,
+    token_counts: Tensor | None, logit_bias: Tensor | None, allowed_mask: Tensor | None, n_logprobs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    n_rows = logits.shape[0]
+    return (
+        logits.new_empty(n_rows, dtype=torch.int64),
+        logits.new_empty(n_rows, dtype=torch.bool),
+        logits.new_empty(n_rows if n_logprobs else 0, dtype=torch.float32),
+        logits.new_empty((n_rows, n_logprobs), dtype=torch.int64),
+        logits.new_empty((n_rows, n_logprobs), dtype=torch.float32),
+    )
+
+
+def _sample_triton(
+    logits: Tensor, per_row: Parameters, numbers: Sequence[float], seed: int, offset: int,
+    token_counts: Tensor | None, logit_bias: Tensor | None, allowed_mask: Tensor | None, n_logprobs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    raise NotImplementedError("sample's kernel is being written: move the logits to the CPU")
+
+
+# name -> (test of values, what is allowed)
+RANGES = {
+    "temperature": (lambda v: (v >= 0) & (v < math.inf), "finite and at least 0"),
+    "top_k": (lambda v: v >= 0, "at least 0, which keeps all"),
+    "top_p": (lambda v: (v > 0) & (v <= 1), "above 0 and at most 1"),
+    "min_p": (lambda v: (v >= 0) & (v <= 1), "from 0 to 1"),
+    "repetition_penalty": (lambda v: (v > 0) & (v < math.inf), "finite and above 0"),
+    "presence_penalty": (lambda v: (v > -math.inf) & (v < math.inf), "finite"),
+    "frequency_penalty": (lambda v: (v > -math.inf) & (v < math.inf), "finite"),
+}
+
+
+def _check_values(per_row: Parameters) -> None:
+    for (name, (good, allowed)), value in zip(RANGES.items(), per_row, strict=False):
+        if value is not None and not (fine := good(value)).all():
+            raise ValueError(f"{name} must be {allowed}, got {value[~fine].flatten()[0].item()} in its tensor")
+
+
+sample_op = define_op(
+    "sample(Tensor logits, Tensor?[] per_row, float[] numbers, SymInt seed, SymInt offset, Tensor? token_counts,"
+    " Tensor? logit_bias, Tensor? allowed_mask, int n_logprobs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton=_sample_triton,
+    torch_cpu=_sample_cpu,
+    fake=_sample_fake,
+)
+
+
+# --------------------------------------------------------------------------------------------------- public functions
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seed: int | Tensor,
+    offset: int | Tensor = 0,
+    repetition_penalty: float | Tensor = 1.0,
+    presence_penalty: float | Tensor = 0.0,
+    frequency_penalty: float | Tensor = 0.0,
+    token_counts: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    allowed_mask: Tensor | None = None,
+    return_logprobs: int = 0,
+) -> Sample:
+    """Draw one token a row from softmax(x / temperature) over the tokens that the filters keep.
+
+    logits: (B, V) or (V,), float32, float16 or bfloat16, any strides, V at most 4,194,304. What follows is float32.
+    Every parameter is a number or a tensor with a value a row, (B,) or with one element.
+
+    1. x = logit + logit_bias; -inf where allowed_mask is False. logit_bias: (V,) or (B, V), floating point.
+       allowed_mask: (V,) or (B, V), bool.
+    2. token_counts (B, V) int32, how often each token stands in prompt and output so far: where it is above 0,
+       x = x / r if x > 0 else x r with r = repetition_penalty (CTRL, arXiv 1909.05858), then
+       x = x - presence_penalty - frequency_penalty * count (OpenAI's API).
+    3. temperature: 0 (and all below 1e-5) takes the largest x, the lowest id of equal ones; what follows is for others.
+    4. Of the tokens in descending order of x, equal ones by ascending id, the filters keep a prefix, the shortest that
+       does: top_k, the first k (0: all). top_p, a mass of at least top_p of that of the first k. min_p, those with at
+       least min_p times the largest probability. Mass is counted in whole 2^-40ths of the heaviest token's, from
+       float32 weights: top_p is met to within 2^-20 of the mass, and by the same tokens on every device.
+    5. The token is argmax(x / temperature + g), the lowest id of equal ones. g is Gumbel noise of 32 random bits: word
+       id % 4 of Philox4x32-10 of the counter (id // 4, offset, 0) under the key `seed`, 64 bits each. A row's draw
+       depends on nothing else: not on the batch around it, nor on the device. Draw again with another offset.
+       g is between -3.13 and 22.88: a token of probability below 1e-10 is never drawn from among others.
+
+    +inf counts as the largest float32 number. The same seed and offset give the same token on a CPU and on a GPU.
+
+    return_logprobs: n >= 1 also gives the log-probabilities of the chosen token and of the n most probable, of the
+        model's distribution log_softmax(logits), before bias, mask, penalties, temperature and filters.
+
+    Returns a Sample: tokens (B,) int64; valid (B,) bool, False where a row has NaN, or nothing but -inf, after step 2,
+    and its token is 0; logprobs (B,) float32, top_tokens (B, n) int64 in descending order, and top_logprobs (B, n)
+    float32, each None for n = 0. For logits (V,) without the B.
+
+    Raises ValueError or TypeError for a shape, dtype, device or value that is not allowed. Values in tensors are
+    checked on the CPU; on a GPU that would stall the stream, so there a row with a temperature that is not allowed is
+    not valid, other values are taken as the nearest allowed one, and nothing is read outside the row.
+    """
+    batch = _matrix("logits", logits)
+    n_cols = batch.shape[1]
+    values = (temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    per_row, numbers = _parameters(dict(zip(PARAMETERS, values, strict=True)), batch)
+    for name, value in (("seed", seed), ("offset", offset)):
+        per_row.append(_per_row(name, value, batch, floating=False))
+    _fits(token_counts, "token_counts", batch, (torch.int32,), ("(B, V)",))
+    _fits(logit_bias, "logit_bias", batch, FLOATS, ("(V,)", "(B, V)"))
+    _fits(allowed_mask, "allowed_mask", batch, (torch.bool,), ("(V,)", "(B, V)"))
+    if not isinstance(return_logprobs, int) or not 0 <= return_logprobs <= n_cols:
+        raise ValueError(f"return_logprobs must be from 0 to the {n_cols} columns, got {return_logprobs}")
+    counts = None if token_counts is None else token_counts.view_as(batch)
+    seed, offset = (0 if isinstance(v, Tensor) else _int64(n, v) for n, v in (("seed", seed), ("offset", offset)))
+    found = sample_op(batch.detach(), per_row, numbers, seed, offset, counts, logit_bias, allowed_mask, return_logprobs)
+    tokens, valid, *logprobs = (t[0] if logits.ndim == 1 and t.shape[0] else t for t in found)
+    return Sample(tokens, valid, *(logprobs if return_logprobs else (None, None, None)))
+
+
+def _matrix(name: str, x: Tensor) -> Tensor:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {x.dtype}")
+    if x.ndim not in (1, 2) or not 1 <= x.shape[-1] <= MAX_COLS:
+        raise ValueError(f"{name} must be (B, V) or (V,) with V from 1 to {MAX_COLS}, got {tuple(x.shape)}")
+    return x if x.ndim == 2 else x[None]
+
+
+def _parameters(values: dict[str, float | Tensor], batch: Tensor) -> tuple[list[Tensor | None], list[float]]:
+    """Tensors a row, None for a number; and the numbers, which are checked here."""
+    per_row = [_per_row(name, value, batch, floating=name != "top_k") for name, value in values.items()]
+    numbers = []
+    for name, value in values.items():
+        good, allowed = RANGES[name]
+        number = 0.0 if isinstance(value, Tensor) else float(value)
+        if not isinstance(value, Tensor) and not good(number):
+            raise ValueError(f"{name} must be {allowed}, got {value}")
+        if name == "top_k" and number != int(number):
+            raise TypeError(f"top_k must be an integer, got {value}")
+        numbers.append(number)
+    return per_row, numbers
+
+
+def _per_row(name: str, value: float | Tensor, batch: Tensor, *, floating: bool) -> Tensor | None:
+    if not isinstance(value, Tensor):
+        return None
+    if value.is_floating_point() != floating or value.is_complex() or (not floating and value.dtype not in INTS):
+        kind = "floating-point" if floating else "int32 or int64"
+        raise TypeError(f"{name} must be a number or a tensor of {kind} values, got {value.dtype}")
+    if value.device != batch.device:
+        raise ValueError(f"{name} must be on {batch.device} like the logits, got {value.device}")
+    n_rows = batch.shape[0]
+    if value.numel() != 1 and tuple(value.shape) != (n_rows,):
+        raise ValueError(f"{name} must have one value, or one a row, ({n_rows},), got {tuple(value.shape)}")
+    return value.reshape(-1).expand(n_rows)
+
+
+def _int64(name: str, value: int) -> int:
+    """A number of at most 64 bits, as int64 holds it."""
+    if not -(1 << 63) <= value < 1 << 64:
+        raise ValueError(f"{name} must have at most 64 bits, got {value}")
+    return value if value < 1 << 63 else value - (1 << 64)
+
+
+def _fits(
+    tensor: Tensor | None, name: str, batch: Tensor, dtypes: Sequence[torch.dtype], shapes: Sequence[str]
+) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
+    if tensor.device != batch.device:
+        raise ValueError(f"{name} must be on {batch.device} like the logits, got {tensor.device}")
+    sizes = {"(V,)": (batch.shape[1],), "(B, V)": tuple(batch.shape)}
+    # one row of logits may come with one of these, without its dimension
+    allowed = [sizes[s] for s in shapes] + ([(batch.shape[1],)] if batch.shape[0] == 1 else [])
+    if tuple(tensor.shape) not in allowed:
+        raise ValueError(
+            f"{name} must be {' or '.join(shapes)} for (B, V) = {tuple(batch.shape)}, got {tuple(tensor.shape)}"
+        )
