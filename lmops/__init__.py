@@ -3,6 +3,7 @@
 from lmops.engine import generate
 from lmops.models import GPT, GPTConfig, load
 from lmops.ops.attention import scaled_dot_product_attention
+from lmops.ops.loss import cross_entropy, kl_div, linear_cross_entropy, linear_kl_div
 from lmops.ops.sampling import sample
 from lmops.ops.softmax import log_softmax, softmax
 
@@ -11,7 +12,11 @@ __all__ = [
     "GPT",
     "GPTConfig",
     "__version__",
+    "cross_entropy",
     "generate",
+    "kl_div",
+    "linear_cross_entropy",
+    "linear_kl_div",
     "load",
     "log_softmax",
     "sample",

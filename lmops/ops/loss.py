@@ -1,0 +1,1182 @@
+"""Losses over a vocabulary and their linear forms: schemas, launchers, CPU implementation, autograd, public functions.
+
+A row's running statistics live in `state`, (planes, *rows) in float32: its loss, the maximum and sum of exponentials of
+its logits, and, while chunks of the vocabulary still come, what else the next one needs. The kernels and the torch
+functions beside them take logits as such chunks. A whole row is a single chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lmops.ops._register import define_op, warp_size
+from lmops.ops._strides import RowLayout, aligned_alike, row_layout
+from lmops.ops.softmax import FLOATS, NEG_INF, Tile, softmax_tile
+from lmops.reference.loss import cross_entropy as cross_entropy_with_probabilities
+
+TARGETS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("mean", "sum", "none")
+# planes of `state`; the first three of cross entropy and five of the divergence stay for the backward
+LOSS, MAX, SUM, TARGET, SMOOTH, SEEN = range(6)
+TEACHER_MAX, TEACHER_SUM = 3, 4
+# elements that the torch functions take at a time, so that their passes stay in the cache
+BLOCK = 1 << 18
+# what a linear form allocates at most beyond inputs, results and a few numbers a token, in bytes
+BUDGET = 60_000_000
+CPU_BUDGET = 16_000_000
+
+
+class Options(NamedTuple):
+    """What cross entropy computes. softcap: 0 is none."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    temperature: float
+
+
+OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, float temperature"
+
+
+class Chunk(NamedTuple):
+    """Which columns of the vocabulary a chunk of logits holds, from `first` on, and what to do with them.
+
+    forward: take them into the state, complete after the `last` chunk; otherwise the state is complete already.
+    """
+
+    first: int
+    n_classes: int
+    forward: bool = True
+    last: bool = True
+
+
+# --- the torch functions for chunks ---
+
+
+def _compute(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _finite(m: Tensor) -> Tensor:
+    """Maxima to subtract: 0 for a row of nothing but -inf, so that -inf stays -inf."""
+    return m.masked_fill(m == NEG_INF, 0)
+
+
+def _moved(old: Tensor, new: Tensor) -> Tensor:
+    """old - new, 0 where nothing was seen before."""
+    return (old - new).masked_fill_(old == NEG_INF, 0)
+
+
+def _in_blocks(
+    run: Callable[..., None], full: Sequence[Tensor], dx: Tensor | None, per_row: Sequence[Tensor | None], state: Tensor
+) -> None:
+    """Call run(*full, dx, *per_row, state) on blocks of rows: (rows, columns), (rows,) and state (planes, rows)."""
+    n_cols = full[0].shape[-1]
+    flat = [t.reshape(-1, n_cols) for t in full]
+    flat_rows = [None if t is None else t.reshape(-1) for t in per_row]
+    # a gradient whose rows are no neighbours in memory is formed elsewhere
+    out = None if dx is None else dx if dx.ndim == 2 else dx.reshape(-1, n_cols)
+    state = state.view(state.shape[0], -1)
+    step = max(1, BLOCK // n_cols)
+    for start in range(0, flat[0].shape[0], step):
+        rows = slice(start, start + step)
+        of_rows = (None if t is None else t[rows] for t in (out, *flat_rows))
+        run(*(t[rows] for t in flat), *of_rows, state[:, rows])
+    if dx is not None and out is not None and out.data_ptr() != dx.data_ptr():
+        dx.copy_(out.view(dx.shape))
+
+
+def _cross_entropy_torch(
+    x: Tensor, dx: Tensor | None, target: Tensor, weight: Tensor | None, weight_sum: Tensor | None,
+    grad: Tensor | None, state: Tensor, o: Options, chunk: Chunk,
+) -> None:  # fmt: skip
+    """What `_cross_entropy_launch` does, in torch."""
+    if chunk.forward and chunk.first == 0:
+        _check_targets(target, o.ignore_index, chunk.n_classes)
+    run = partial(_cross_entropy_rows, weight=weight, weight_sum=weight_sum, o=o, chunk=chunk)
+    _in_blocks(run, [x], dx, [target, grad], state)
+
+
+def _cross_entropy_rows(
+    x: Tensor, dx: Tensor | None, target: Tensor, grad: Tensor | None, state: Tensor, *, weight: Tensor | None,
+    weight_sum: Tensor | None, o: Options, chunk: Chunk,
+) -> None:  # fmt: skip
+    kept = target != o.ignore_index
+    column = target.long() - chunk.first
+    here = kept & (column >= 0) & (column < x.shape[-1])
+    column = column.masked_fill_(~here, 0).unsqueeze(-1)
+    w_y: Tensor | float = 1.0
+    if weight is not None:
+        w_y = weight[target.long().masked_fill(~kept, 0)].to(state.dtype)
+        weight = weight[chunk.first : chunk.first + x.shape[-1]].to(state.dtype)
+    u = x.to(state.dtype)
+    if o.softcap:
+        u = (u / o.softcap).tanh_().mul_(o.softcap).masked_fill_(u == NEG_INF, NEG_INF)
+
+    first = chunk.first == 0
+    if chunk.forward:
+        before, peak = state[MAX].clone(), u.amax(-1)
+        peak = peak if first else torch.maximum(peak, before)
+        m = peak.masked_fill(peak == NEG_INF, 0)  # subtracted from a row of nothing but -inf, which it stays
+        u_y = u.gather(-1, column).squeeze(-1)
+    else:
+        m = state[MAX]
+    # where the logits are not needed behind it, the gradient is formed in its own memory, which may be theirs
+    memory = dx if dx is not None and dx.dtype == u.dtype and not o.softcap else None
+    below = torch.sub(u, m.unsqueeze(-1), out=memory)
+    spread = o.label_smoothing / chunk.n_classes
+    if chunk.forward and spread:
+        smooth = (below if weight is None else below * weight).sum(-1)
+        seen = torch.tensor(float(x.shape[-1])) if weight is None else weight.sum()
+    e = (below if o.temperature == 1 else below.div_(o.temperature)).exp_()
+
+    if chunk.forward:
+        l = e.sum(-1)
+        if not first:
+            moved = (before - m).masked_fill_(before == NEG_INF, 0)
+            l += state[SUM] * (moved / o.temperature).exp_()
+            u_y = torch.where(here, u_y, state[TARGET])
+            if spread:
+                smooth += state[SMOOTH] + state[SEEN] * moved
+                seen = seen + state[SEEN]
+        state[MAX], state[SUM] = peak, l
+        if not chunk.last:
+            state[TARGET] = u_y
+            if spread:
+                state[SMOOTH], state[SEEN] = smooth, seen
+        else:
+            log_l = l.log()
+            loss = (1 - o.label_smoothing) * w_y * (log_l + (m - u_y) / o.temperature)
+            if spread:
+                loss += spread * (seen * log_l - smooth / o.temperature)
+            if o.z_loss:
+                loss += o.z_loss * (log_l + m / o.temperature).square_()
+            # what the backward then computes for a token that is ignored is finite, unless its logits are not
+            state[LOSS] = loss.masked_fill_(~kept, 0)
+            state[MAX], state[SUM] = m.masked_fill(~kept, 0), l.masked_fill(~kept, 1)
+    if dx is None:
+        return
+
+    g = (state.new_ones(()) if grad is None else grad.to(state.dtype)) / o.temperature
+    pull = (1 - o.label_smoothing) * w_y
+    push = pull + spread * (chunk.n_classes if weight_sum is None else weight_sum)
+    if o.z_loss:
+        push = push + 2 * o.z_loss * (state[MAX] / o.temperature + state[SUM].log())
+    e.mul_((g * push / state[SUM]).unsqueeze(-1))
+    if spread:
+        e.sub_((g * spread).unsqueeze(-1) * (1.0 if weight is None else weight))
+    e.scatter_add_(-1, column, -(g * pull * here).unsqueeze(-1))
+    if o.softcap:
+        e.mul_((1 - (u / o.softcap).square_()).masked_fill_(u == NEG_INF, 0))
+    if not kept.all():
+        e[~kept] = 0
+    if memory is None:
+        dx.copy_(e)
+
+
+class Divergence(NamedTuple):
+    """What the divergence computes: of the teacher from the student, or `reverse`."""
+
+    temperature: float
+    reverse: bool
+
+
+def _kl_div_torch(
+    x: Tensor, y: Tensor, dx: Tensor | None, mask: Tensor | None, grad: Tensor | None, state: Tensor, o: Divergence,
+    chunk: Chunk,
+) -> None:  # fmt: skip
+    """What `_kl_div_launch` does, in torch."""
+    _in_blocks(partial(_kl_div_rows, o=o, chunk=chunk), [x, y], dx, [mask, grad], state)
+
+
+def _kl_div_rows(
+    x: Tensor, y: Tensor, dx: Tensor | None, mask: Tensor | None, grad: Tensor | None, state: Tensor, *, o: Divergence,
+    chunk: Chunk,
+) -> None:  # fmt: skip
+    def peaks(u: Tensor, plane: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The maximum so far, the one to subtract, and how far that one moved."""
+        if not chunk.forward:
+            return state[plane], state[plane], state[plane]
+        before = torch.full_like(state[plane], NEG_INF) if chunk.first == 0 else state[plane].clone()
+        peak = torch.maximum(u.amax(-1), before)
+        m = peak.masked_fill(peak == NEG_INF, 0)
+        return peak, m, (before - m).masked_fill_(before == NEG_INF, 0)
+
+    s, t = x.to(state.dtype), y.to(state.dtype)
+    s_peak, s_m, s_moved = peaks(s, MAX)
+    t_peak, t_m, t_moved = peaks(t, TEACHER_MAX)
+    s_below = (s - s_m.unsqueeze(-1)).div_(o.temperature)
+    t_below = (t - t_m.unsqueeze(-1)).div_(o.temperature)
+    s_e, t_e = s_below.exp(), t_below.exp()
+    e, further = (s_e, s_below.sub(t_below)) if o.reverse else (t_e, t_below.sub(s_below))
+    further.masked_fill_(e == 0, 0)
+    if chunk.forward:
+        total, s_l, t_l = (e * further).sum(-1), s_e.sum(-1), t_e.sum(-1)
+        if chunk.first:
+            s_shrink, t_shrink = (s_moved / o.temperature).exp_(), (t_moved / o.temperature).exp_()
+            shrink, before = (s_shrink, state[SUM]) if o.reverse else (t_shrink, state[TEACHER_SUM])
+            moved = (s_moved - t_moved if o.reverse else t_moved - s_moved) / o.temperature
+            total += shrink * (state[LOSS] + before * moved)
+            s_l += state[SUM] * s_shrink
+            t_l += state[TEACHER_SUM] * t_shrink
+        if chunk.last:
+            s_peak, t_peak = s_m, t_m
+            apart = s_l.log() - t_l.log()
+            total = total / s_l - apart if o.reverse else total / t_l + apart
+            if mask is not None:
+                total = total.masked_fill_(~mask, 0)
+        state[LOSS], state[MAX], state[SUM], state[TEACHER_MAX], state[TEACHER_SUM] = total, s_peak, s_l, t_peak, t_l
+    if dx is None:
+        return
+
+    g = (state.new_ones(()) if grad is None else grad.to(state.dtype)) / o.temperature
+    if o.reverse:
+        further -= (state[LOSS] + state[SUM].log() - state[TEACHER_SUM].log()).unsqueeze(-1)
+        d = s_e.mul_((g / state[SUM]).unsqueeze(-1)).mul_(further)
+    else:
+        d = s_e.mul_((g / state[SUM]).unsqueeze(-1)).sub_(t_e.mul_((g / state[TEACHER_SUM]).unsqueeze(-1)))
+    if mask is not None and not mask.all():
+        d[~mask] = 0
+    dx.copy_(d)
+
+
+def _check_targets(target: Tensor, ignore_index: int, n_classes: int) -> None:
+    bad = (target != ignore_index) & ((target < 0) | (target >= n_classes))
+    if bad.any():
+        raise ValueError(
+            f"target must be from 0 to {n_classes - 1} or ignore_index ({ignore_index}), got {target[bad][0].item()}"
+        )
+
+
+# --- the launchers for chunks ---
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a launch walks over rows: their layout, the tile, elements an access, the width of the edges, the warps."""
+
+    layout: RowLayout
+    tile: Tile
+    vec: int
+    edge: int
+    num_warps: int
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.layout.n_outer * -(-self.layout.n_rows // self.tile.rows),)
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        tile = self.tile
+        return {"ROWS": tile.rows, "COLS": tile.cols, "VEC": self.vec, "EDGE": self.edge, "FITS": tile.fits,
+                "num_warps": self.num_warps}  # fmt: skip
+
+
+def _geometry(full: Sequence[Tensor], per_row: Sequence[Tensor], held: int) -> Geometry:
+    """For tensors `full` (*rows, columns), of which a program holds `held`, and `per_row` (*rows)."""
+    n_cols = full[0].shape[-1]
+    layout = row_layout(full, per_row)
+    strides = layout.strides[0]
+    tile = softmax_tile(n_cols, layout.n_rows, held, by_column=strides[-2] == 1 and strides[-1] > 1)
+    vec = 16 // min(t.element_size() for t in full)
+    aligned = all(s % vec == 0 for s in strides[:-1])
+    whole = aligned and n_cols % vec == 0
+    # short rows are not worth the edges that 16-byte accesses need where rows are not whole multiples of 16 bytes
+    if not (aligned_alike(full, layout, vec) and (whole or n_cols >= 8 * vec)):
+        vec, whole = 1, True
+    num_warps = max(1, tile.threads // warp_size())
+    edge = 0 if whole else max(2 * vec, num_warps * warp_size() // tile.rows)
+    return Geometry(layout, tile, vec, edge, num_warps)
+
+
+def _cross_entropy_launch(
+    x: Tensor, dx: Tensor | None, target: Tensor, weight: Tensor | None, weight_sum: Tensor | None,
+    grad: Tensor | None, state: Tensor, o: Options, chunk: Chunk,
+) -> None:  # fmt: skip
+    """Take the logits x (*rows, columns) into the state (planes, *rows), or write their gradient to dx, or both."""
+    from lmops.kernels.loss import cross_entropy_kernel
+
+    raise NotImplementedError(cross_entropy_kernel)
+
+
+def _kl_div_launch(
+    x: Tensor, y: Tensor, dx: Tensor | None, mask: Tensor | None, grad: Tensor | None, state: Tensor, o: Divergence,
+    chunk: Chunk,
+) -> None:  # fmt: skip
+    """The same for the divergence, from logits x of the student and y of the teacher."""
+    from lmops.kernels.loss import kl_div_kernel
+
+    raise NotImplementedError(kl_div_kernel)
+
+
+# --- operators over rows ---
+
+
+def _weight_sum(weight: Tensor | None, label_smoothing: float) -> Tensor | None:
+    return None if weight is None or not label_smoothing else weight.sum(dtype=_compute(weight.dtype))
+
+
+def _cross_entropy_forward(
+    run: Callable[..., None], x: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, dx: Tensor | None,
+    *options: Any,
+) -> Tensor:  # fmt: skip
+    state = _cross_entropy_forward_fake(x)
+    o = Options(*options)
+    if x.numel():
+        run(x, dx, target, weight, _weight_sum(weight, o.label_smoothing), grad, state, o, Chunk(0, x.shape[-1]))
+    return state
+
+
+def _cross_entropy_forward_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((3, *x.shape[:-1]), dtype=_compute(x.dtype))
+
+
+def _cross_entropy_backward(
+    run: Callable[..., None], x: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor, state: Tensor, dx: Tensor,
+    *options: Any,
+) -> None:  # fmt: skip
+    o = Options(*options)
+    if x.numel():
+        chunk = Chunk(0, x.shape[-1], forward=False)
+        run(x, dx, target, weight, _weight_sum(weight, o.label_smoothing), grad, state, o, chunk)
+
+
+def _kl_div_forward(
+    run: Callable[..., None], x: Tensor, y: Tensor, mask: Tensor | None, grad: Tensor | None, dx: Tensor | None,
+    *options: Any,
+) -> Tensor:  # fmt: skip
+    state = _kl_div_forward_fake(x)
+    if x.numel():
+        run(x, y, dx, mask, grad, state, Divergence(*options), Chunk(0, x.shape[-1]))
+    return state
+
+
+def _kl_div_forward_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((5, *x.shape[:-1]), dtype=_compute(x.dtype))
+
+
+def _kl_div_backward(
+    run: Callable[..., None], x: Tensor, y: Tensor, mask: Tensor | None, grad: Tensor, state: Tensor, dx: Tensor,
+    *options: Any,
+) -> None:  # fmt: skip
+    if x.numel():
+        run(x, y, dx, mask, grad, state, Divergence(*options), Chunk(0, x.shape[-1], forward=False))
+
+
+def _scale_launch(x: Tensor, factor: Tensor) -> None:
+    from lmops.kernels.loss import scale_kernel
+
+    raise NotImplementedError(scale_kernel)
+
+
+def _scale_torch(x: Tensor, factor: Tensor) -> None:
+    if factor != 1:
+        x.mul_(factor)
+
+
+def _nothing(*_: Any) -> None:
+    """The shape function of an operator that returns nothing."""
+
+
+cross_entropy_forward = define_op(
+    "cross_entropy_forward(Tensor x, Tensor target, Tensor? weight, Tensor? grad, Tensor(a!)? dx, " + OPTIONS + ")"
+    " -> Tensor",
+    triton=partial(_cross_entropy_forward, _cross_entropy_launch),
+    torch_cpu=partial(_cross_entropy_forward, _cross_entropy_torch),
+    fake=_cross_entropy_forward_fake,
+)
+cross_entropy_backward = define_op(
+    "cross_entropy_backward(Tensor x, Tensor target, Tensor? weight, Tensor grad, Tensor state, Tensor(a!) dx, "
+    + OPTIONS + ") -> ()",
+    triton=partial(_cross_entropy_backward, _cross_entropy_launch),
+    torch_cpu=partial(_cross_entropy_backward, _cross_entropy_torch),
+    fake=_nothing,
+)  # fmt: skip
+kl_div_forward = define_op(
+    "kl_div_forward(Tensor x, Tensor y, Tensor? mask, Tensor? grad, Tensor(a!)? dx, float temperature, bool reverse)"
+    " -> Tensor",
+    triton=partial(_kl_div_forward, _kl_div_launch),
+    torch_cpu=partial(_kl_div_forward, _kl_div_torch),
+    fake=_kl_div_forward_fake,
+)
+kl_div_backward = define_op(
+    "kl_div_backward(Tensor x, Tensor y, Tensor? mask, Tensor grad, Tensor state, Tensor(a!) dx, float temperature,"
+    " bool reverse) -> ()",
+    triton=partial(_kl_div_backward, _kl_div_launch),
+    torch_cpu=partial(_kl_div_backward, _kl_div_torch),
+    fake=_nothing,
+)
+scale_unless_one = define_op(
+    "scale_unless_one(Tensor(a!) x, Tensor factor) -> ()",
+    triton=_scale_launch,
+    torch_cpu=_scale_torch,
+    fake=_nothing,
+)
+
+
+# --- autograd over rows ---
+
+
+def _in_forward(x: Tensor, reduction: str) -> bool:
+    """Whether the gradient is formed with the loss. Not where the backward multiplies each row by its own number; nor
+    for float16, where it must have the scale of the loss in it before it is rounded, or small entries are lost."""
+    return reduction != "none" and x.dtype != torch.float16
+
+
+def _reduced(state: Tensor, total: Tensor | None, reduction: str) -> Tensor:
+    if reduction == "none":
+        return state[LOSS].clone()
+    return state[LOSS].sum() if total is None else state[LOSS].sum() / total
+
+
+def _row_gradient(dy: Tensor, total: Tensor | None, like: Tensor) -> Tensor:
+    """Gradient of each row's loss, from that of the result."""
+    return (dy if total is None else dy / total).to(like.dtype).expand(like.shape[1:])
+
+
+def _graph_is_kept() -> bool:
+    """Whether what was saved is needed again, so that nobody may write to it."""
+    return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _times(dx: Tensor, dy: Tensor) -> Tensor:
+    """The gradient from the forward times that of the loss, which mostly is 1: only the device knows."""
+    if _graph_is_kept():
+        return dx * dy
+    scale_unless_one(dx, dy)
+    return dx
+
+
+def _memory(x: Tensor, inplace: bool) -> Tensor:
+    """Where the gradient goes: new memory, or x's own, whose other users then get autograd's error."""
+    if not inplace:
+        return torch.empty_like(x)
+    torch.autograd.graph.increment_version(x)
+    return x.detach()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, target, weight, total, reduction, inplace, options):
+        ctx.arguments = inplace, options
+        if _in_forward(x, reduction):
+            dx = _memory(x, inplace)
+            grad = None if total is None else total.reciprocal().expand(x.shape[:-1])
+            state = cross_entropy_forward(x, target, weight, grad, dx, *options)
+            ctx.save_for_backward(dx)
+        else:
+            state = cross_entropy_forward(x, target, weight, None, None, *options)
+            ctx.save_for_backward(x, target, weight, total, state)
+        return _reduced(state, total, reduction)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        nothing = (None,) * 6
+        if len(ctx.saved_tensors) == 1:
+            return _times(ctx.saved_tensors[0], dy), *nothing
+        x, target, weight, total, state = ctx.saved_tensors
+        inplace, options = ctx.arguments
+        dx = _memory(x, inplace and not _graph_is_kept())
+        cross_entropy_backward(x, target, weight, _row_gradient(dy, total, state), state, dx, *options)
+        return dx, *nothing
+
+
+class _KLDiv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, mask, total, reduction, inplace, options):
+        ctx.arguments = inplace, options
+        if _in_forward(x, reduction):
+            dx = _memory(x, inplace)
+            grad = None if total is None else total.reciprocal().expand(x.shape[:-1])
+            state = kl_div_forward(x, y, mask, grad, dx, *options)
+            ctx.save_for_backward(dx)
+        else:
+            state = kl_div_forward(x, y, mask, None, None, *options)
+            ctx.save_for_backward(x, y, mask, total, state)
+        return _reduced(state, total, reduction)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        nothing = (None,) * 6
+        if len(ctx.saved_tensors) == 1:
+            return _times(ctx.saved_tensors[0], dy), *nothing
+        x, y, mask, total, state = ctx.saved_tensors
+        inplace, options = ctx.arguments
+        dx = _memory(x, inplace and not _graph_is_kept())
+        kl_div_backward(x, y, mask, _row_gradient(dy, total, state), state, dx, *options)
+        return dx, *nothing
+
+
+# --- the linear forms ---
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How many tokens and how many classes of the vocabulary have their logits in memory at a time."""
+
+    tokens: int
+    classes: int
+
+
+def linear_blocks(
+    n_tokens: int, n_classes: int, a_token: int, a_class: int, a_logit: int, budget: int = BUDGET
+) -> Blocks:
+    """The largest blocks of tokens, for at least 2,048 classes, that keep within `budget` bytes of memory.
+
+    a_token, a_class, a_logit: bytes that each of them takes in such a block. Every block of tokens reads the weight,
+    and adds to its gradient, once, so as many tokens as possible come first, in blocks of the same size.
+    """
+    classes = min(n_classes, 2_048)
+    most = max(16, (budget - classes * a_class) // (a_token + classes * a_logit) // 16 * 16)
+    tokens = -(-n_tokens // -(-n_tokens // most))
+    tokens = min(n_tokens, -(-tokens // 16) * 16)
+    left = (budget - tokens * a_token) // (tokens * a_logit + a_class)
+    return Blocks(tokens, min(n_classes, max(classes, left // 256 * 256)))
+
+
+def _rows(weight: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows of a weight (V, d), in the type to multiply with: all that the linear forms read of it."""
+    return weight[start:stop].to(dtype)
+
+
+class _Head:
+    """Blocks of logits = hidden @ weight.T + bias, one at a time in the same memory."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, blocks: Blocks) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.memory = hidden.new_empty(blocks.tokens, blocks.classes)
+
+    def logits(self, tokens: slice, classes: slice) -> Tensor:
+        h, rows = self.hidden[tokens], _rows(self.weight, classes.start, classes.stop, self.hidden.dtype)
+        logits = self.memory[: h.shape[0], : rows.shape[0]]
+        torch.mm(h, rows.t(), out=logits)
+        return logits if self.bias is None else logits.add_(self.bias[classes])
+
+
+class _HeadGradient:
+    """Adds up the gradients of a head from blocks of dlogits; only those that are wanted exist."""
+
+    def __init__(self, head: _Head, tokens: int, wanted: Sequence[bool]) -> None:
+        hidden, weight, bias = head.hidden, head.weight, head.bias
+        self.head = head
+        self.dhidden = torch.empty_like(hidden) if wanted[0] else None
+        self.dweight = torch.empty_like(weight) if wanted[1] else None
+        self.dbias = hidden.new_zeros(weight.shape[0], dtype=_compute(hidden.dtype)) if wanted[2] else None
+        self.bias_dtype = bias.dtype if bias is not None else hidden.dtype
+        # float32 sums for a block of tokens, and a product that goes into them; float32 itself needs neither
+        self.sums = self.product = None
+        if wanted[0] and hidden.dtype != _compute(hidden.dtype):
+            self.sums = hidden.new_empty(tokens, hidden.shape[1], dtype=torch.float32)
+            self.product = hidden.new_empty(tokens, hidden.shape[1])
+
+    def add(self, tokens: slice, classes: slice, dlogits: Tensor) -> None:
+        h = self.head.hidden[tokens]
+        if self.dbias is not None:
+            self.dbias[classes] += dlogits.sum(0, dtype=self.dbias.dtype)
+        if self.dweight is not None:
+            _add_product(self.dweight[classes], dlogits.t(), h, first=tokens.start == 0)
+        if self.dhidden is None:
+            return
+        rows = _rows(self.head.weight, classes.start, classes.stop, h.dtype)
+        if self.sums is None or self.product is None:
+            _add_product(self.dhidden[tokens], dlogits, rows, first=classes.start == 0)
+        else:
+            sums, product = self.sums[: h.shape[0]], self.product[: h.shape[0]]
+            torch.mm(dlogits, rows, out=product)
+            if classes.start == 0:
+                sums.copy_(product)
+            else:
+                sums += product
+            if classes.stop == self.head.weight.shape[0]:
+                self.dhidden[tokens] = sums
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        nothing = self.head.hidden.new_empty(0)
+        return (
+            nothing if self.dhidden is None else self.dhidden,
+            self.head.hidden.new_empty(0) if self.dweight is None else self.dweight,
+            self.head.hidden.new_empty(0) if self.dbias is None else self.dbias.to(self.bias_dtype),
+        )
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """out = a @ b at first, then out += a @ b; a and b may have less precision than out."""
+    if out.dtype != a.dtype:
+        product = torch.mm(a, b)
+        if first:
+            out.copy_(product)
+        else:
+            out += product
+    elif first:
+        torch.mm(a, b, out=out)
+    else:
+        out.addmm_(a, b)
+
+
+def _slices(n: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+def _head_blocks(heads: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[bool] = (False,) * 3) -> Blocks:
+    """Blocks for heads of (hidden, weight), of which the first has the gradients `wanted`."""
+    hidden, weight = heads[0]
+    width, size = hidden.shape[1], hidden.element_size()
+    narrow = hidden.dtype != _compute(hidden.dtype)
+    a_token = width * (4 + size) if wanted[0] and narrow else 0
+    a_class = sum(h.shape[1] * h.element_size() for h, w in heads if h.dtype != w.dtype)
+    a_class += width * size if wanted[1] and hidden.dtype != weight.dtype else 0
+    a_logit = sum(h.element_size() for h, _ in heads)
+    budget = CPU_BUDGET if hidden.device.type == "cpu" else BUDGET
+    return linear_blocks(hidden.shape[0], weight.shape[0], a_token, a_class, a_logit, budget)
+
+
+def _linear_cross_entropy_forward(
+    run: Callable[..., None], hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    class_weight: Tensor | None, *options: Any,
+) -> Tensor:  # fmt: skip
+    o, n_classes = Options(*options), weight.shape[0]
+    state = hidden.new_empty((6, hidden.shape[0]), dtype=_compute(hidden.dtype))
+    if hidden.shape[0]:
+        blocks = _head_blocks([(hidden, weight)])
+        head, weight_sum = _Head(hidden, weight, bias, blocks), _weight_sum(class_weight, o.label_smoothing)
+        for tokens in _slices(hidden.shape[0], blocks.tokens):
+            for classes in _slices(n_classes, blocks.classes):
+                chunk = Chunk(classes.start, n_classes, last=classes.stop == n_classes)
+                x = head.logits(tokens, classes)
+                run(x, None, target[tokens], class_weight, weight_sum, None, state[:, tokens], o, chunk)
+    return state[:3].clone()
+
+
+def _linear_cross_entropy_forward_fake(hidden: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty((3, hidden.shape[0]), dtype=_compute(hidden.dtype))
+
+
+def _linear_cross_entropy_backward(
+    run: Callable[..., None], hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    class_weight: Tensor | None, grad: Tensor, state: Tensor, wanted: Sequence[bool], *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    o, n_classes = Options(*options), weight.shape[0]
+    if not hidden.shape[0]:
+        return _zeros_of_head(hidden, weight, bias, wanted)
+    blocks = _head_blocks([(hidden, weight)], wanted)
+    head, weight_sum = _Head(hidden, weight, bias, blocks), _weight_sum(class_weight, o.label_smoothing)
+    gradient = _HeadGradient(head, blocks.tokens, wanted)
+    for tokens in _slices(hidden.shape[0], blocks.tokens):
+        for classes in _slices(n_classes, blocks.classes):
+            x, chunk = head.logits(tokens, classes), Chunk(classes.start, n_classes, forward=False)
+            run(x, x, target[tokens], class_weight, weight_sum, grad[tokens], state[:, tokens], o, chunk)
+            gradient.add(tokens, classes, x)
+    return gradient.result()
+
+
+def _zeros_of_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = (hidden, weight, hidden if bias is None else bias)
+    first, second, third = (
+        torch.zeros_like(t) if need else hidden.new_empty(0) for t, need in zip(like, wanted, strict=True)
+    )
+    return first, second, third
+
+
+def _linear_cross_entropy_backward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, grad: Tensor,
+    state: Tensor, wanted: Sequence[bool], *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _zeros_of_head(hidden, weight, bias, wanted)
+
+
+linear_cross_entropy_forward = define_op(
+    "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+    + OPTIONS + ") -> Tensor",
+    triton=partial(_linear_cross_entropy_forward, _cross_entropy_launch),
+    torch_cpu=partial(_linear_cross_entropy_forward, _cross_entropy_torch),
+    fake=_linear_cross_entropy_forward_fake,
+)  # fmt: skip
+linear_cross_entropy_backward = define_op(
+    "linear_cross_entropy_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight,"
+    " Tensor grad, Tensor state, bool[] wanted, " + OPTIONS + ") -> (Tensor, Tensor, Tensor)",
+    triton=partial(_linear_cross_entropy_backward, _cross_entropy_launch),
+    torch_cpu=partial(_linear_cross_entropy_backward, _cross_entropy_torch),
+    fake=_linear_cross_entropy_backward_fake,
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, class_weight, total, reduction, options):
+        state = linear_cross_entropy_forward(hidden, weight, bias, target, class_weight, *options)
+        ctx.save_for_backward(hidden, weight, bias, target, class_weight, total, state)
+        ctx.options = options
+        return _reduced(state, total, reduction)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        *inputs, total, state = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        grad = _row_gradient(dy, total, state)
+        gradients = linear_cross_entropy_backward(*inputs, grad, state, wanted, *ctx.options)
+        return *(g if need else None for g, need in zip(gradients, wanted, strict=True)), None, None, None, None, None
+
+
+def _linear_kl_div_forward(
+    run: Callable[..., None], hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor,
+    teacher_weight: Tensor, teacher_bias: Tensor | None, mask: Tensor | None, *options: Any,
+) -> Tensor:  # fmt: skip
+    o, n_classes = Divergence(*options), weight.shape[0]
+    state = _linear_kl_div_forward_fake(hidden)
+    if hidden.shape[0]:
+        blocks = _head_blocks([(hidden, weight), (teacher_hidden, teacher_weight)])
+        head = _Head(hidden, weight, bias, blocks)
+        teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, blocks)
+        for tokens in _slices(hidden.shape[0], blocks.tokens):
+            some = None if mask is None else mask[tokens]
+            for classes in _slices(n_classes, blocks.classes):
+                chunk = Chunk(classes.start, n_classes, last=classes.stop == n_classes)
+                x, y = head.logits(tokens, classes), teacher.logits(tokens, classes)
+                run(x, y, None, some, None, state[:, tokens], o, chunk)
+    return state
+
+
+def _linear_kl_div_forward_fake(hidden: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty((5, hidden.shape[0]), dtype=_compute(hidden.dtype))
+
+
+def _linear_kl_div_backward(
+    run: Callable[..., None], hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor,
+    teacher_weight: Tensor, teacher_bias: Tensor | None, mask: Tensor | None, grad: Tensor, state: Tensor,
+    wanted: Sequence[bool], *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    o, n_classes = Divergence(*options), weight.shape[0]
+    if not hidden.shape[0]:
+        return _zeros_of_head(hidden, weight, bias, wanted)
+    blocks = _head_blocks([(hidden, weight), (teacher_hidden, teacher_weight)], wanted)
+    head = _Head(hidden, weight, bias, blocks)
+    teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, blocks)
+    gradient = _HeadGradient(head, blocks.tokens, wanted)
+    for tokens in _slices(hidden.shape[0], blocks.tokens):
+        some = None if mask is None else mask[tokens]
+        for classes in _slices(n_classes, blocks.classes):
+            x, y = head.logits(tokens, classes), teacher.logits(tokens, classes)
+            run(x, y, x, some, grad[tokens], state[:, tokens], o, Chunk(classes.start, n_classes, forward=False))
+            gradient.add(tokens, classes, x)
+    return gradient.result()
+
+
+def _linear_kl_div_backward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor, teacher_weight: Tensor,
+    teacher_bias: Tensor | None, mask: Tensor | None, grad: Tensor, state: Tensor, wanted: Sequence[bool],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _zeros_of_head(hidden, weight, bias, wanted)
+
+
+HEADS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias,"
+    " Tensor? mask"
+)
+linear_kl_div_forward = define_op(
+    f"linear_kl_div_forward({HEADS}, float temperature, bool reverse) -> Tensor",
+    triton=partial(_linear_kl_div_forward, _kl_div_launch),
+    torch_cpu=partial(_linear_kl_div_forward, _kl_div_torch),
+    fake=_linear_kl_div_forward_fake,
+)
+linear_kl_div_backward = define_op(
+    f"linear_kl_div_backward({HEADS}, Tensor grad, Tensor state, bool[] wanted, float temperature, bool reverse)"
+    " -> (Tensor, Tensor, Tensor)",
+    triton=partial(_linear_kl_div_backward, _kl_div_launch),
+    torch_cpu=partial(_linear_kl_div_backward, _kl_div_torch),
+    fake=_linear_kl_div_backward_fake,
+)
+
+
+class _LinearKLDiv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, total, reduction, options
+    ):
+        inputs = hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask
+        state = linear_kl_div_forward(*inputs, *options)
+        ctx.save_for_backward(*inputs, total, state)
+        ctx.options = options
+        return _reduced(state, total, reduction)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        *inputs, total, state = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        grad = _row_gradient(dy, total, state)
+        gradients = linear_kl_div_backward(*inputs, grad, state, wanted, *ctx.options)
+        return *(g if need else None for g, need in zip(gradients, wanted, strict=True)), *(None,) * 7
+
+
+# --- public functions ---
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    inplace_backward: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Cross entropy of logits with targets: `torch.nn.functional.cross_entropy`, and more, in one pass over the logits.
+
+    input: logits (C,), (N, C) or (N, C, d1, ...), any strides; float16, bfloat16, float32, on the CPU also float64.
+    target: class indices of an integer type, of the shape of input without C; or probabilities, of a floating-point
+        type and the shape of input. Those take plain torch in float32, which holds several tensors of that shape.
+    weight: (C,), a factor a class. Not differentiable.
+    ignore_index: tokens with this target take no part: loss 0, gradient 0, and their logits are not read.
+    reduction: "none", "sum", or "mean", which divides the sum by that of the weights of the targets that take part.
+        Without any that is NaN, as in torch. size_average, reduce: torch's deprecated names for it.
+    label_smoothing: from 0 to 1, the share of the target that is spread evenly over the classes.
+    z_loss: adds z_loss * lse^2 to every token that takes part, lse the logarithm of the sum of exponentials of its
+        logits (PaLM, arXiv 2204.02311). It is reduced with the rest.
+    softcap: the logits are softcap * tanh(input / softcap) (Gemma 2, arXiv 2408.00118), where -inf stays -inf.
+    temperature: they are divided by it after that. A finite number above 0.
+    inplace_backward: the gradient overwrites input, which saves memory of its size. What else saved input for its own
+        backward then raises autograd's error about an in-place change. Only for an input that is not a leaf, and
+        without effect under torch.compile, which plans memory itself.
+    dtype: of the result, by default input's (under torch.autocast float32, as torch). Losses are computed in float32
+        (float64: in float64), so dtype=torch.float32 is the better choice for training in bfloat16.
+
+    Logits of -inf have probability 0. A target out of range raises ValueError on the CPU; on a GPU that would stall
+    the stream, so there the loss and the gradient of its row are NaN, and nothing outside the tensors is read.
+    The gradient is computed with the loss, and kept in place of the logits; where the gradient of a sum or mean is 1,
+    as in `loss.backward()`, the backward only looks at that number. For reduction "none", and in float16, where it must
+    not be rounded before the scale of the loss is in it, the backward reads the logits once more instead.
+    Differentiable once, with respect to input (with probabilities: and target, any number of times).
+    Raises TypeError or ValueError for bad types, shapes or numbers.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    _check_float("input", input)
+    if input.ndim == 0 or input.shape[0 if input.ndim == 1 else 1] == 0:
+        raise ValueError(f"input must be (C,) or (N, C, ...) with at least one class, got {tuple(input.shape)}")
+    x = input if input.ndim == 1 else input.movedim(1, -1)
+    _check_class_weight("weight", weight, x)
+    options = _options(ignore_index, label_smoothing, z_loss, softcap, temperature)
+    _check_reduction(reduction, REDUCTIONS)
+    dtype = _result_dtype(dtype, input)
+    if target.is_floating_point():
+        if target.shape != input.shape:
+            raise ValueError(
+                f"target of probabilities must be {tuple(input.shape)} as input, got {tuple(target.shape)}"
+            )
+        _check_device("target", target, input)
+        return cross_entropy_with_probabilities(
+            input, target, weight, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
+            softcap=softcap, temperature=temperature, dtype=dtype,
+        )  # fmt: skip
+    _check_target(target, x.shape[:-1], input)
+    total = _sum_of_weights(target, weight, x.shape[-1], ignore_index, x.dtype) if reduction == "mean" else None
+    if torch.is_grad_enabled() and input.requires_grad:
+        inplace = inplace_backward and not torch.compiler.is_compiling()
+        if inplace:
+            _check_not_a_leaf("input", input)
+        loss = _CrossEntropy.apply(x, target, weight, total, reduction, inplace, options)
+    else:
+        loss = _reduced(cross_entropy_forward(x, target, weight, None, None, *options), total, reduction)
+    return loss.to(dtype)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`cross_entropy(hidden @ weight.T + bias, target)`, without the logits (tokens, V) in memory, also backward.
+
+    hidden: (..., d), usually (N, d) or (B, T, d). weight: (V, d), such as a tied embedding. bias: (V,).
+    target: class indices of the shape of hidden without d. class_weight: (V,), the `weight` of cross_entropy.
+    dtype: of the result, float32 by default (float64 for float64 hidden).
+    Other arguments and errors: as `cross_entropy`.
+
+    Logits exist for a block of tokens and a chunk of the vocabulary at a time, rounded to the type of hidden as a
+    linear layer rounds them. The backward computes them again: a fourth product of matrices beside three. Memory beyond
+    inputs, gradients and results stays under 64 MB (`linear_blocks`) plus a few numbers a token.
+    weight may be of another type than hidden, float32 for training in mixed precision: it is cast a chunk at a time.
+    Under torch.autocast hidden is cast to its type.
+    """
+    hidden, rows = _check_head("hidden", hidden, "weight", weight, "bias", bias)
+    _check_class_weight("class_weight", class_weight, hidden, weight.shape[0])
+    _check_target(target, hidden.shape[:-1], hidden)
+    options = _options(ignore_index, label_smoothing, z_loss, softcap, temperature)
+    _check_reduction(reduction, REDUCTIONS)
+    total = None
+    if reduction == "mean":
+        total = _sum_of_weights(target, class_weight, weight.shape[0], ignore_index, hidden.dtype)
+    inputs = rows, weight, bias, target.reshape(-1), class_weight
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+        loss = _LinearCrossEntropy.apply(*inputs, total, reduction, options)
+    else:
+        loss = _reduced(linear_cross_entropy_forward(*inputs, *options), total, reduction)
+    loss = loss.view(target.shape) if reduction == "none" else loss
+    return loss if dtype is None else loss.to(_result_dtype(dtype, hidden))
+
+
+KL_REDUCTIONS = ("batchmean", "mean", "sum", "none")
+
+
+def kl_div(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "batchmean",
+    reverse: bool = False,
+    inplace_backward: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """KL(p || q) of p = softmax(teacher / temperature) and q = softmax(student / temperature), to distil a model.
+
+    student_logits, teacher_logits: (..., V), any strides; float16, bfloat16, float32, on the CPU also float64.
+    temperature: a finite number above 0. Gradients shrink with its square: beside a loss on hard labels, multiply the
+        result by temperature^2 (Hinton, Vinyals and Dean, arXiv 1503.02531). It is not done here.
+    mask: bool (...), False for rows that do not count: value 0, gradient 0, and their logits are not read.
+    reduction: "none" one value a row, "sum", "batchmean" the sum over the size of the first dimension, as torch, "mean"
+        the sum over the number of rows that count (torch divides by the number of logits).
+    reverse: KL(q || p) in place of KL(p || q).
+    inplace_backward, dtype: as `cross_entropy`; the gradient overwrites student_logits.
+
+    0 log 0 is 0, so logits of -inf in both take no part. Differentiable once, with respect to student_logits; the
+    teacher gets no gradient. Each tensor is read once, and the gradient computed with the value, as in
+    `cross_entropy`.
+    Raises TypeError or ValueError for bad types, shapes or numbers.
+    """
+    _check_float("student_logits", student_logits)
+    _check_float("teacher_logits", teacher_logits)
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"teacher_logits must be {tuple(student_logits.shape)} as student_logits, got {tuple(teacher_logits.shape)}"
+        )
+    _check_device("teacher_logits", teacher_logits, student_logits)
+    if student_logits.ndim == 0 or student_logits.shape[-1] == 0:
+        raise ValueError(f"student_logits must be (..., V) with V > 0, got {tuple(student_logits.shape)}")
+    options = _divergence(temperature, reverse)
+    _check_mask(mask, student_logits)
+    dtype = _result_dtype(dtype, student_logits)
+    x, y = student_logits, teacher_logits.detach()
+    total = _sum_of_rows(mask, reduction, x)
+    reduction = "mean" if reduction == "batchmean" else reduction
+    if torch.is_grad_enabled() and x.requires_grad:
+        inplace = inplace_backward and not torch.compiler.is_compiling()
+        if inplace:
+            _check_not_a_leaf("student_logits", x)
+        loss = _KLDiv.apply(x, y, mask, total, reduction, inplace, options)
+    else:
+        loss = _reduced(kl_div_forward(x, y, mask, None, None, *options), total, reduction)
+    return loss.to(dtype)
+
+
+def linear_kl_div(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "batchmean",
+    reverse: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`kl_div` of the logits student_hidden @ student_weight.T and teacher_hidden @ teacher_weight.T, without them.
+
+    student_hidden: (..., d). student_weight: (V, d). student_bias: (V,). The teacher's: the same, with a d of its own.
+    dtype: of the result, float32 by default (float64 for float64). Other arguments and errors: as `kl_div`; blocks,
+    memory and types as `linear_cross_entropy`. Gradients for the student only.
+    """
+    student_hidden, rows = _check_head(
+        "student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias
+    )
+    teacher_hidden, teacher_rows = _check_head(
+        "teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight, "teacher_bias", teacher_bias
+    )
+    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+        shape = tuple(student_hidden.shape[:-1])
+        raise ValueError(f"teacher_hidden must be {shape} x d as student_hidden, got {tuple(teacher_hidden.shape)}")
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(
+            f"teacher_weight must have {student_weight.shape[0]} rows as student_weight, got {teacher_weight.shape[0]}"
+        )
+    _check_device("teacher_hidden", teacher_hidden, student_hidden)
+    options = _divergence(temperature, reverse)
+    _check_mask(mask, student_hidden)
+    total = _sum_of_rows(mask, reduction, student_hidden)
+    reduction = "mean" if reduction == "batchmean" else reduction
+    inputs = (
+        rows, student_weight, student_bias, teacher_rows.detach(), teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(), None if mask is None else mask.reshape(-1),
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:3]):
+        loss = _LinearKLDiv.apply(*inputs, total, reduction, options)
+    else:
+        loss = _reduced(linear_kl_div_forward(*inputs, *options), total, reduction)
+    loss = loss.view(student_hidden.shape[:-1]) if reduction == "none" else loss
+    return loss if dtype is None else loss.to(_result_dtype(dtype, student_hidden))
+
+
+# --- checks ---
+
+
+def _check_float(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS or (x.dtype == torch.float64 and x.device.type == "cuda"):
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or, on the CPU, float64, got {x.dtype}")
+
+
+def _check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like the logits, got {x.device}")
+
+
+def _check_target(target: Tensor, shape: Sequence[int], like: Tensor) -> None:
+    if target.dtype not in TARGETS:
+        raise TypeError(f"target must be of an integer type, got {target.dtype}")
+    if target.shape != torch.Size(shape):
+        raise ValueError(f"target must be {tuple(shape)}, one class a token, got {tuple(target.shape)}")
+    _check_device("target", target, like)
+
+
+def _check_class_weight(name: str, weight: Tensor | None, x: Tensor, n_classes: int | None = None) -> None:
+    if weight is None:
+        return
+    n_classes = x.shape[-1] if n_classes is None else n_classes
+    _check_float(name, weight)
+    if weight.shape != (n_classes,):
+        raise ValueError(f"{name} must be ({n_classes},), one value a class, got {tuple(weight.shape)}")
+    _check_device(name, weight, x)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{name} has no gradient here, but requires one: pass {name}.detach()")
+
+
+def _check_head(
+    name: str, hidden: Tensor, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """hidden, as autocast wants it, and as rows (N, d)."""
+    _check_float(name, hidden)
+    _check_float(weight_name, weight)
+    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or not weight.numel():
+        shapes = f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"{name} must be (..., d) and {weight_name} (V, d), neither V nor d 0, {shapes}")
+    _check_device(weight_name, weight, hidden)
+    if bias is not None:
+        _check_float(bias_name, bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{bias_name} must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+        _check_device(bias_name, bias, hidden)
+    kind = hidden.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    return hidden, hidden.reshape(-1, hidden.shape[-1])
+
+
+def _check_mask(mask: Tensor | None, x: Tensor) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must be {tuple(x.shape[:-1])}, one value a row, got {tuple(mask.shape)}")
+    _check_device("mask", mask, x)
+
+
+def _check_not_a_leaf(name: str, x: Tensor) -> None:
+    if x.is_leaf or (x._base is not None and x._base.is_leaf):
+        raise ValueError(f"inplace_backward would overwrite {name}, a leaf that requires a gradient, or a view of one")
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(f"inplace_backward needs {name} to have memory for each entry, got strides {x.stride()}")
+
+
+def _check_reduction(reduction: str, allowed: Sequence[str]) -> None:
+    if reduction not in allowed:
+        raise ValueError(f"reduction must be one of {', '.join(allowed)}, got {reduction!r}")
+
+
+def _check_temperature(temperature: float) -> float:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be finite and above 0, got {temperature}")
+    return float(temperature)
+
+
+def _options(
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, temperature: float
+) -> Options:
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
+    if not math.isfinite(z_loss):
+        raise ValueError(f"z_loss must be finite, got {z_loss}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be finite and above 0, or None, got {softcap}")
+    temperature = _check_temperature(temperature)
+    return Options(ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), temperature)
+
+
+def _divergence(temperature: float, reverse: bool) -> Divergence:
+    return Divergence(_check_temperature(temperature), bool(reverse))
+
+
+def _result_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    kind = x.device.type
+    if dtype is None and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return _compute(x.dtype)
+    return dtype or x.dtype
+
+
+def _sum_of_weights(
+    target: Tensor, weight: Tensor | None, n_classes: int, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """What "mean" divides by, computed on the device."""
+    kept = target != ignore_index
+    if weight is None:
+        return kept.sum().to(_compute(dtype))
+    # a target out of range makes the sum of losses NaN, whatever it weighs
+    return torch.where(kept, weight.to(_compute(dtype))[target.long().clamp(0, n_classes - 1)], 0).sum()
+
+
+def _sum_of_rows(mask: Tensor | None, reduction: str, x: Tensor) -> Tensor | None:
+    _check_reduction(reduction, KL_REDUCTIONS)
+    if reduction in ("sum", "none"):
+        return None
+    if reduction == "mean" and mask is not None:
+        return mask.sum().to(_compute(x.dtype))
+    rows = x.shape[:-1]
+    count = math.prod(rows) if reduction == "mean" else rows[0] if rows else 1
+    return torch.full((), float(count), dtype=_compute(x.dtype), device=x.device)
