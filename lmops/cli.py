@@ -25,7 +25,7 @@ except ModuleNotFoundError as missing:  # the console script imports this module
 if TYPE_CHECKING:
     import torch
 
-    from lmops.engine.generation import GenerationStats
+    from lmops.engine import GenerationStats, SamplingParams
     from lmops.models import GPT, Tokenizer
 
 # The optional packages of each extra, for `doctor`; a test compares them with setup.py.
@@ -94,7 +94,24 @@ def generate(
     system: Annotated[str | None, typer.Option(help="A system message before the prompt; needs --chat.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many tokens; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens that have this much.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Draw from tokens this probable beside the most probable one.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Divides the logits of tokens there already.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken off the logits of tokens there already.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for every time they are there.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=VALUE", help="Added to the logit of a token id; can be repeated.")
+    ] = None,
+    allowed_token: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="Choose only such token ids; can be repeated.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same tokens.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Samples to print, the most probable first.")] = 1,
+    best_of: Annotated[int | None, typer.Option(help="Draw this many and print the --n most probable.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Print each token's log-probability, and so many of the most probable.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is a GPU.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
@@ -102,7 +119,7 @@ def generate(
     """Continue a prompt. The text goes to standard output as it comes, tokens per second to standard error."""
     import torch
 
-    from lmops.engine.generation import GenerationStats
+    from lmops.engine import GenerationStats, SamplingParams
     from lmops.models import load
 
     if system is not None and not chat:
@@ -118,11 +135,20 @@ def generate(
         raise ValueError(f"{model}: the checkpoint has no tokenizer, which text needs")
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
     tokens = tokenizer.chat(messages) if chat else tokenizer.encode(text)
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens, stop_tokens=tokenizer.stop_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty, logit_bias=_logit_bias(logit_bias or []),
+        allowed_tokens=allowed_token or None, seed=seed, n=n, best_of=best_of, logprobs=logprobs,
+    )  # fmt: skip
     stats = GenerationStats()
-    for piece in _pieces(network, tokenizer, tokens, max_new_tokens, temperature, seed, stats):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    if params.samples == 1 and logprobs is None:
+        for piece in _pieces(network, tokenizer, tokens, params, stats):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+    else:
+        _print_completions(network, tokenizer, tokens, params, stats)
     sys.stdout.flush()
     print(
         f"prefill: {stats.prompt_tokens} tokens, {stats.prefill_tokens_per_second:.1f} tokens/s; "
@@ -132,31 +158,46 @@ def generate(
 
 
 def _pieces(
-    model: GPT,
-    tokenizer: Tokenizer,
-    tokens: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int | None,
-    stats: GenerationStats,
+    model: GPT, tokenizer: Tokenizer, tokens: list[int], params: SamplingParams, stats: GenerationStats
 ) -> Iterator[str]:
     """The new text, in pieces that are whole characters."""
-    from lmops.engine.generation import generate_stream
+    from lmops.engine import generate_stream
 
     decoder = tokenizer.stream()
-    steps = generate_stream(
-        model,
-        [tokens],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        stop_tokens=tokenizer.stop_tokens,
-        stats=stats,
-    )
-    for (token,) in steps:
+    for (token,) in generate_stream(model, [tokens], params, stats=stats):
         if token is not None:
             yield decoder.push(token)
     yield decoder.finish()
+
+
+def _print_completions(
+    model: GPT, tokenizer: Tokenizer, tokens: list[int], params: SamplingParams, stats: GenerationStats
+) -> None:
+    """Several texts, or one with its log-probabilities: a line before each has its number and the sum of them."""
+    from lmops.engine import complete
+
+    (completions,) = complete(model, [tokens], params, stats=stats)
+    for i, completion in enumerate(completions, start=1):
+        print(f"--- {i} of {len(completions)}, logprob {completion.logprob:.3f}, {completion.finish_reason}")
+        print(tokenizer.decode(completion.tokens))
+        if completion.token_logprobs is None:
+            continue
+        for token, logprob, top in zip(
+            completion.tokens, completion.token_logprobs, completion.top_logprobs or [], strict=False
+        ):
+            others = ", ".join(f"{tokenizer.decode([other])!r} {value:.3f}" for other, value in top.items())
+            print(f"{tokenizer.decode([token])!r} {logprob:.3f}" + (f" [{others}]" if others else ""))
+
+
+def _logit_bias(pairs: list[str]) -> dict[int, float]:
+    biases = {}
+    for pair in pairs:
+        token, _, value = pair.partition("=")
+        try:
+            biases[int(token)] = float(value)
+        except ValueError:
+            raise ValueError(f"--logit-bias is {pair!r}; it must be ID=VALUE, such as 50256=-100") from None
+    return biases
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import lmops.models.gpt
-from lmops.engine.generation import GenerationStats, generate, generate_stream
+import lmops.reference.sampling
+from lmops.engine import GenerationStats, SamplingParams, complete, generate, generate_stream
 from lmops.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(
@@ -230,6 +231,130 @@ def test_bf16(llama):
     rows = generate(model, PROMPTS, max_new_tokens=5, temperature=1.0, seed=0)
     assert [len(row) for row in rows] == [5] * 4
     assert rows == generate(model, PROMPTS, max_new_tokens=5, temperature=1.0, seed=0)
+
+
+# ----------------------------------------------------------------------------------------- parameters of sampling
+
+
+def log_probabilities(model: GPT, prompt: list[int], tokens: list[int]) -> list[Tensor]:
+    """The model's log-probabilities where each of `tokens` was chosen, recomputed without a cache."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens]))[0].double()
+    return list(logits.log_softmax(-1)[len(prompt) - 1 : -1])
+
+
+def test_a_params_object_and_keywords_are_the_same(llama):
+    params = SamplingParams(max_new_tokens=6, temperature=1.0, top_k=5, seed=3)
+    rows = generate(llama, PROMPTS, params)
+    assert rows == generate(llama, PROMPTS, max_new_tokens=6, temperature=1.0, top_k=5, seed=3)
+    assert rows != generate(llama, PROMPTS, params, seed=4)
+
+
+@pytest.mark.parametrize("changes", [{"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.3}, {"top_k": 4, "top_p": 0.6}])
+def test_filters_keep_the_most_probable(llama, changes):
+    n = 200
+    rows = generate(llama, [PROMPTS[0]] * n, max_new_tokens=1, temperature=2.0, seed=0, **changes)
+    with torch.no_grad():
+        logits = llama(torch.tensor([PROMPTS[0]]))[:, -1].double()
+    filters = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **changes}
+    kept = lmops.reference.sampling.kept(logits, torch.tensor([2.0]), *(torch.tensor([v]) for v in filters.values()))[0]
+    assert 1 < kept.sum() < 50
+    assert {token for (token,) in rows} <= set(kept.nonzero().flatten().tolist())
+    assert len({token for (token,) in rows}) > 1
+
+
+def test_samples_of_a_prompt_are_ranked(llama):
+    few = complete(llama, PROMPTS[:2], max_new_tokens=4, temperature=1.5, seed=0, n=3, best_of=6, logprobs=2)
+    all_of_them = complete(llama, PROMPTS[:2], max_new_tokens=4, temperature=1.5, seed=0, n=6)
+    for prompt, kept, drawn in zip(PROMPTS, few, all_of_them, strict=False):
+        assert [c.tokens for c in kept] == [c.tokens for c in drawn[:3]]
+        assert len({tuple(c.tokens) for c in drawn}) > 3
+        assert [c.logprob for c in drawn] == sorted((c.logprob for c in drawn), reverse=True)
+        for completion in kept:
+            expected = log_probabilities(llama, prompt, completion.tokens)
+            chosen = [row[token].item() for row, token in zip(expected, completion.tokens, strict=True)]
+            assert completion.token_logprobs == pytest.approx(chosen, abs=1e-3)
+            assert completion.logprob == pytest.approx(sum(chosen), abs=1e-3)
+            for row, top in zip(expected, completion.top_logprobs, strict=True):
+                assert list(top) == row.topk(2).indices.tolist()
+                assert list(top.values()) == pytest.approx(row.topk(2).values.tolist(), abs=1e-3)
+    flat = generate(llama, PROMPTS[:2], max_new_tokens=4, temperature=1.5, seed=0, n=3, best_of=6)
+    assert flat == [c.tokens for completions in few for c in completions]
+
+
+def test_the_prompt_of_many_samples_is_read_once(llama):
+    shapes: list[tuple[int, ...]] = []
+    hook = llama.embed.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[:2])))
+    generate(llama, PROMPTS, max_new_tokens=3, temperature=1.0, n=2, seed=0)
+    hook.remove()
+    assert shapes == [(4, 9), (8, 1), (8, 1)]
+
+
+def test_samples_are_what_their_rows_alone_would_be(model):
+    """Each sample goes on from its own tokens: its log-probabilities are those of its own sequence."""
+    (completions,) = complete(model, [PROMPTS[0]], max_new_tokens=6, temperature=1.0, seed=1, n=4, logprobs=0)
+    assert len({tuple(c.tokens) for c in completions}) == 4
+    for completion in completions:
+        expected = log_probabilities(model, PROMPTS[0], completion.tokens)
+        chosen = [row[token].item() for row, token in zip(expected, completion.tokens, strict=True)]
+        assert completion.token_logprobs == pytest.approx(chosen, abs=1e-3)
+        assert completion.top_logprobs == [{}] * 6
+
+
+def test_a_stop_token_ends_a_completion(llama):
+    full = generate(llama, [PROMPTS[0]], max_new_tokens=8)[0]
+    ((stopped,),) = complete(llama, [PROMPTS[0]], max_new_tokens=8, stop_tokens=[full[5]], logprobs=0)
+    assert (stopped.tokens, stopped.finish_reason) == (full[:5], "stop")
+    assert len(stopped.token_logprobs) == 6  # the token that stopped it is part of what happened
+    ((whole,),) = complete(llama, [PROMPTS[0]], max_new_tokens=8)
+    assert (whole.tokens, whole.finish_reason, whole.logprob) == (full, "length", None)
+
+
+def test_a_stream_of_samples(llama):
+    steps = list(generate_stream(llama, PROMPTS[:2], max_new_tokens=5, temperature=1.0, seed=2, n=2))
+    assert all(len(step) == 4 for step in steps)
+    rows = sorted([step[i] for step in steps] for i in range(4))
+    assert rows == sorted(generate(llama, PROMPTS[:2], max_new_tokens=5, temperature=1.0, seed=2, n=2))
+    with pytest.raises(ValueError, match="best_of is 3; a stream cannot rank"):
+        generate_stream(llama, PROMPTS, max_new_tokens=5, temperature=1.0, n=2, best_of=3)
+
+
+def test_bias_and_allowed_tokens(llama):
+    assert generate(llama, [PROMPTS[0]], max_new_tokens=3, logit_bias={7: 1e4}) == [[7, 7, 7]]
+    rows = generate(llama, PROMPTS, max_new_tokens=10, temperature=5.0, seed=0, allowed_tokens=[4, 90])
+    assert {token for row in rows for token in row} == {4, 90}
+    greedy = generate(llama, [PROMPTS[0]], max_new_tokens=1)[0][0]
+    assert generate(llama, [PROMPTS[0]], max_new_tokens=1, logit_bias={greedy: -1e4})[0][0] != greedy
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+def test_penalties_see_the_prompt_and_what_came_since(llama, name):
+    """A penalty that nothing can make up for: no token comes twice, and none of the prompt's."""
+    (row,) = generate(llama, [PROMPTS[0]], max_new_tokens=30, **{name: 1e4})
+    assert len(set(row)) == 30
+    assert not set(row) & set(PROMPTS[0])
+    (favoured,) = generate(llama, [PROMPTS[0]], max_new_tokens=5, **{name: -1e4})
+    assert set(favoured) <= set(PROMPTS[0])
+
+
+def test_a_repetition_penalty_scales_the_logits_of_tokens_there_already(llama):
+    prompt, tokens = PROMPTS[0], []
+    for _ in range(10):
+        with torch.no_grad():
+            logits = llama(torch.tensor([prompt + tokens]))[0, -1]
+        seen = torch.tensor(sorted(set(prompt + tokens)))
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 3, logits[seen] * 3)
+        tokens.append(int(logits.argmax()))
+    assert generate(llama, [prompt], max_new_tokens=10, repetition_penalty=3.0) == [tokens]
+    assert tokens != generate(llama, [prompt], max_new_tokens=10)[0]
+
+
+def test_logits_that_are_nan_are_an_error():
+    model = make_model()
+    with torch.no_grad():
+        model.head.weight[5] = math.nan
+    with pytest.raises(ValueError, match="row 0 has no token to choose after 0 new ones: the model gave NaN"):
+        generate(model, PROMPTS, max_new_tokens=3)
 
 
 # ------------------------------------------------------------------------------------------------------ errors

@@ -363,7 +363,7 @@ def poisoned_cache(model: GPT, batch_size: int, capacity: int, padding: list[int
 def run_in_chunks(model: GPT, tokens: Tensor, chunks: list[int], padding: list[int] | None = None) -> Tensor:
     cache = poisoned_cache(model, len(tokens), tokens.shape[1] + 3, padding)
     with torch.inference_mode():
-        logits = torch.cat([model(chunk, cache) for chunk in tokens.split(chunks, dim=1)], dim=1)
+        logits = torch.cat([model(chunk, cache=cache) for chunk in tokens.split(chunks, dim=1)], dim=1)
     assert cache.length == tokens.shape[1]
     return logits
 
@@ -415,7 +415,7 @@ def test_rope_that_depends_on_the_length_depends_on_the_rows_own(kind):
     model = make_model(CONFIGS[kind])
     short, long = random_tokens(model.config, 1, 6), random_tokens(model.config, 1, 30)
     with torch.inference_mode():
-        logits = model(torch.cat((F.pad(short, (24, 0)), long)), model.new_cache(2, 30, padding=[24, 0]))
+        logits = model(torch.cat((F.pad(short, (24, 0)), long)), cache=model.new_cache(2, 30, padding=[24, 0]))
         torch.testing.assert_close(logits[:1, 24:], model(short), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(logits[1:], model(long), rtol=1e-4, atol=1e-5)
 
@@ -424,7 +424,7 @@ def test_only_the_last_logits(case):
     model, length = case
     tokens = random_tokens(model.config, 2, length)
     with torch.inference_mode():
-        last = model(tokens, model.new_cache(2, length), last_only=True)
+        last = model(tokens, cache=model.new_cache(2, length), last_only=True)
         torch.testing.assert_close(last, model(tokens)[:, -1:], rtol=1e-4, atol=1e-5)
 
 
@@ -433,9 +433,9 @@ def test_a_shortened_cache_continues_from_there():
     tokens = random_tokens(model.config, 1, 12)
     cache = poisoned_cache(model, 1, 12)
     with torch.inference_mode():
-        first = model(tokens, cache)[:, 8:]
+        first = model(tokens, cache=cache)[:, 8:]
         cache.length = 8
-        torch.testing.assert_close(model(tokens[:, 8:], cache), first, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(tokens[:, 8:], cache=cache), first, rtol=1e-4, atol=1e-5)
 
 
 def test_a_window_hides_what_is_before_it():
@@ -559,7 +559,7 @@ def test_bf16(name):
         logits = model(tokens)
         truth = copy.deepcopy(model).double()(tokens)  # the same rounded weights
         cache = model.new_cache(1, 24)
-        cached = torch.cat([model(chunk, cache) for chunk in tokens.split([20, 1, 1, 1, 1], dim=1)], dim=1)
+        cached = torch.cat([model(chunk, cache=cache) for chunk in tokens.split([20, 1, 1, 1, 1], dim=1)], dim=1)
     assert logits.dtype == cache.keys.dtype == torch.bfloat16
     scale = truth.square().mean().sqrt()
     for result in (logits, cached):
@@ -615,7 +615,7 @@ def test_forward_is_one_graph(name):
     with torch.inference_mode():
         cache, expected = model.new_cache(2, 12), model.new_cache(2, 12)
         for chunk in tokens.split([10, 1, 1], dim=1):
-            torch.testing.assert_close(compiled(chunk, cache), model(chunk, expected), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(compiled(chunk, cache=cache), model(chunk, cache=expected), rtol=1e-4, atol=1e-5)
     assert cache.length == 12
 
 
@@ -675,15 +675,15 @@ def test_tokens_that_do_not_fit_are_refused():
         model(torch.zeros(1, 49, dtype=torch.long))
     cache = model.new_cache(2, 10)
     with pytest.raises(ValueError, match="tokens has 1 rows; the cache was made for 2"):
-        model(torch.zeros(1, 3, dtype=torch.long), cache)
-    model(torch.zeros(2, 8, dtype=torch.long), cache)
+        model(torch.zeros(1, 3, dtype=torch.long), cache=cache)
+    model(torch.zeros(2, 8, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="the cache is full: 8 of 10 columns are taken, 3 more came"):
-        model(torch.zeros(2, 3, dtype=torch.long), cache)
+        model(torch.zeros(2, 3, dtype=torch.long), cache=cache)
     assert cache.length == 8
     cache = model.new_cache(1, 100)
-    model(torch.zeros(1, 48, dtype=torch.long), cache)
+    model(torch.zeros(1, 48, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="the sequence has 49 tokens; context_length is 48"):
-        model(torch.zeros(1, 1, dtype=torch.long), cache)
+        model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
 
 
 def test_a_cache_without_meaning_is_refused():

@@ -1,5 +1,6 @@
 """Generation engines."""
 
-from lmops.engine.generation import GenerationStats, generate, generate_stream
+from lmops.engine.generation import Completion, GenerationStats, complete, generate, generate_stream
+from lmops.engine.sampling_params import SamplingParams
 
-__all__ = ["GenerationStats", "generate", "generate_stream"]
+__all__ = ["Completion", "GenerationStats", "SamplingParams", "complete", "generate", "generate_stream"]

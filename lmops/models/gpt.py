@@ -7,11 +7,12 @@ the position enters (added to the embedding, or rotating queries and keys), the 
 (GELU, or SiLU gated), and how many key/value heads the query heads share (grouped-query attention).
 
     model = GPT(GPTConfig.gpt2())
-    logits = model(tokens)                            # training: (B, T) -> (B, T, vocab_size)
+    logits = model(tokens)                            # (B, T) -> (B, T, vocab_size)
+    model(tokens, targets).backward()                 # training: the mean loss, without all those logits in memory
 
     cache = model.new_cache(batch_size=1, capacity=64)
-    logits = model(prompt, cache, last_only=True)     # inference: (1, T) -> (1, 1, vocab_size), the cache now holds T
-    logits = model(next_token, cache)                 # (1, 1) -> (1, 1, vocab_size)
+    logits = model(prompt, cache=cache, last_only=True)  # inference: (1, T) -> (1, 1, vocab_size)
+    logits = model(next_token, cache=cache)           # (1, 1) -> (1, 1, vocab_size)
 
 Shapes in comments: B sequences, T new tokens, S keys visible to them (cached and new), H query heads, KV key/value
 heads, D head_dim. A model has no buffers: position tables are computed from the positions where they are used, so
@@ -22,6 +23,7 @@ Papers: GPT-2 (Radford et al. 2019), GPT-3 (arXiv 2005.14165), Llama (2302.13971
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from lmops.models.config import GPTConfig, RopeScaling
 from lmops.ops.attention import attention
+from lmops.ops.loss import linear_cross_entropy
 
 __all__ = ["GPT", "GPTConfig", "KVCache", "RopeScaling"]
 
@@ -181,6 +184,13 @@ class KVCache:
         values.narrow(2, self.length, T).copy_(v)
         S = self.length + T - first
         return keys.narrow(2, first, S), values.narrow(2, first, S)
+
+    def repeat_rows(self, n: int) -> KVCache:
+        """A cache that holds each row n times, one after another, and shares no memory with this one."""
+        other = copy.copy(self)
+        other.keys, other.values = self.keys.repeat_interleave(n, 1), self.values.repeat_interleave(n, 1)
+        other.padding = None if self.padding is None else self.padding.repeat_interleave(n)
+        return other
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -344,15 +354,24 @@ class GPT(nn.Module):
         weight = self.norm.weight
         return KVCache(self.config, batch_size, capacity, padding=padding, dtype=weight.dtype, device=weight.device)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:
-        """Logits of the next token at every position.
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None, last_only: bool = False
+    ) -> Tensor:
+        """Logits of the next token at every position; with targets the mean cross-entropy instead.
 
         tokens: (B, T) int64. With a cache they follow the tokens in it, and are added to it.
+        targets: (B, T) int64, the token that follows each of them; -100 where none counts. The loss is a scalar, by
+            `lmops.linear_cross_entropy`: the (B, T, vocab_size) logits never exist in memory, nor does their gradient.
         last_only: compute the logits of the last position only; a prompt needs no others.
-        Returns (B, T, vocab_size), or (B, 1, vocab_size), in the dtype of the weights.
-        Raises ValueError where tokens do not fit the context or the cache.
+        Returns (B, T, vocab_size), or (B, 1, vocab_size), in the dtype of the weights; with targets a scalar.
+        Raises ValueError where tokens do not fit the context or the cache, and for targets of another shape.
         """
         self._check(tokens, cache)
+        if targets is not None and (targets.shape != tokens.shape or last_only):
+            raise ValueError(
+                f"targets has shape {tuple(targets.shape)}; it must be that of tokens, {tuple(tokens.shape)}, and "
+                "last_only must be False"
+            )
         T = tokens.shape[1]
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + T, device=tokens.device)[None]  # (1, T)
@@ -374,7 +393,8 @@ class GPT(nn.Module):
             x = block(x, rope, mask, cache)
         if cache is not None:
             cache.length += T
-        return self.head(self.norm(x[:, -1:] if last_only else x))
+        x = self.norm(x[:, -1:] if last_only else x)
+        return self.head(x) if targets is None else linear_cross_entropy(x, self.head.weight, targets)
 
     def _mask(self, T: int, cache: KVCache | None, device: torch.device) -> Tensor | None:
         """(B, 1, 1, S), True where a key is a token; None where no row is padded."""

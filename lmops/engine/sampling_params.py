@@ -1,0 +1,76 @@
+"""`SamplingParams`: how tokens are chosen and when a sequence ends, one object for every way to generate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How many tokens to make, how to choose each (`lmops.sample` says exactly), and how many samples to keep.
+
+    max_new_tokens: of each sequence. stop_tokens: ids that end a sequence before that, and are left out of it.
+    temperature: 0 takes the most probable token; otherwise tokens are drawn from softmax(logits / temperature).
+    top_k (0: all), top_p, min_p: which tokens can be drawn.
+    repetition_penalty, presence_penalty, frequency_penalty: for tokens that the prompt or the answer already has.
+    logit_bias: added to the logits of these ids. allowed_tokens: if given, no other id is chosen.
+    seed: the same seed with the same prompts draws the same tokens; None takes one from torch's global state.
+    n: samples to return for each prompt, the most probable first. best_of: how many to draw and take these n from; n
+        if None. They are ranked by the sum of the log-probabilities of their tokens.
+    logprobs: None for none; a number n >= 0 for the log-probability of every token, and of the n most probable beside
+        it (of the model's own distribution, before anything above changes it).
+
+    Raises ValueError for a value without meaning.
+    """
+
+    max_new_tokens: int = 256
+    stop_tokens: Collection[int] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_tokens: Collection[int] | None = None
+    seed: int | None = None
+    n: int = 1
+    best_of: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        def check(name: str, good: bool, allowed: str) -> None:
+            if not good:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {allowed}")
+
+        check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        check("temperature", 0 <= self.temperature < math.inf, "finite and at least 0 (0 is greedy)")
+        check("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)")
+        check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
+        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "finite and above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            check(name, math.isfinite(getattr(self, name)), "finite")
+        check("n", self.n >= 1, "at least 1")
+        check("best_of", self.best_of is None or self.best_of >= self.n, f"at least n={self.n}, or None")
+        if self.samples > 1:
+            check(
+                "temperature", self.temperature > 0, "above 0 where n or best_of is above 1: greedy samples are equal"
+            )
+        check("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0, or None")
+        check(
+            "allowed_tokens", self.allowed_tokens is None or len(self.allowed_tokens) > 0, "None, or have tokens in it"
+        )
+
+    @property
+    def samples(self) -> int:
+        """How many sequences are drawn for each prompt."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether it matters which tokens a sequence has already."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
