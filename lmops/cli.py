@@ -179,7 +179,7 @@ def _print_completions(
     (completions,) = complete(model, [tokens], params, stats=stats)
     for i, completion in enumerate(completions, start=1):
         print(f"--- {i} of {len(completions)}, logprob {completion.logprob:.3f}, {completion.finish_reason}")
-        print(tokenizer.decode(completion.tokens))
+        print(tokenizer.decode(completion.tokens, skip_special_tokens=True))
         if completion.token_logprobs is None:
             continue
         for token, logprob, top in zip(

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import lmops
 from lmops import cli
-from lmops.engine.generation import generate
+from lmops.engine import complete, generate
 from lmops.models import load
 from lmops.ops._register import OPERATORS
 
@@ -68,6 +68,42 @@ def test_generate_with_chat_template_temperature_and_seed(folder):
     assert first.stdout == text_of(folder, tokens, max_new_tokens=10, temperature=0.8, seed=3) + "\n"
     second = run("generate", "--model", folder, "--prompt", "hello", *options, "--seed", 4)
     assert second.stdout != first.stdout
+
+
+def test_generate_with_filters_penalties_and_bias(folder):
+    _, tokenizer = load(folder)
+    tokens = tokenizer.encode("def f(x):")
+    arguments = ("generate", "--model", folder, "--prompt", "def f(x):", "--max-new-tokens", 10, "--temperature", 2)
+    choices = {
+        "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "presence_penalty": 0.5,
+        "frequency_penalty": 0.25, "seed": 3,
+    }  # fmt: skip
+    options = [part for name, value in choices.items() for part in (f"--{name.replace('_', '-')}", value)]
+    result = run(*arguments, *options, "--logit-bias", "70=3", "--logit-bias", "71=-2.5")
+    expected = text_of(folder, tokens, max_new_tokens=10, temperature=2, logit_bias={70: 3.0, 71: -2.5}, **choices)
+    assert result.stdout == expected + "\n"
+    assert result.stdout != run(*arguments, *options).stdout
+    result = run(*arguments, "--seed", 1, "--allowed-token", 70)
+    assert result.stdout == text_of(folder, tokens, max_new_tokens=10, allowed_tokens=[70]) + "\n"
+
+
+def test_generate_prints_ranked_samples_with_log_probabilities(folder):
+    model, tokenizer = load(folder)
+    tokens = tokenizer.encode("def f(x):")
+    arguments = ("generate", "--model", folder, "--prompt", "def f(x):", "--max-new-tokens", 4, "--temperature", 2)
+    result = run(*arguments, "--n", 2, "--best-of", 5, "--seed", 3, "--logprobs", 1)
+    (expected,) = complete(model, [tokens], max_new_tokens=4, temperature=2, n=2, best_of=5, seed=3, logprobs=1)
+    assert result.exit_code == 0
+    for i, completion in enumerate(expected, start=1):
+        assert f"--- {i} of 2, logprob {completion.logprob:.3f}, {completion.finish_reason}\n" in result.stdout
+        assert tokenizer.decode(completion.tokens, skip_special_tokens=True) in result.stdout
+        for token, logprob, top in zip(
+            completion.tokens, completion.token_logprobs, completion.top_logprobs, strict=True
+        ):
+            ((best, value),) = top.items()
+            line = f"{tokenizer.decode([token])!r} {logprob:.3f} [{tokenizer.decode([best])!r} {value:.3f}]\n"
+            assert line in result.stdout
+    assert "decode: 15 tokens" in result.stderr  # of all five, after the first each
 
 
 def test_generate_reads_standard_input_and_sets_dtype_and_threads(folder):
@@ -170,6 +206,16 @@ def test_a_checkpoint_without_tokenizer(tmp_path):
         (["--prompt", ""], ["the prompt is empty"]),
         (["--prompt", "x", "--temperature", "-1"], ["temperature is -1.0"]),
         (["--prompt", "x", "--temperature", "nan"], ["temperature is nan"]),
+        (["--prompt", "x", "--top-p", "1.5"], ["top_p is 1.5; it must be above 0 and at most 1"]),
+        (["--prompt", "x", "--top-k", "-1"], ["top_k is -1"]),
+        (["--prompt", "x", "--n", "2"], ["temperature is 0.0", "greedy samples are equal"]),
+        (
+            ["--prompt", "x", "--n", "3", "--best-of", "2", "--temperature", "1"],
+            ["best_of is 2; it must be at least n=3"],
+        ),
+        (["--prompt", "x", "--logit-bias", "7:1"], ["--logit-bias is '7:1'; it must be ID=VALUE"]),
+        (["--prompt", "x", "--logit-bias", "100000=1"], ["logit_bias has the token id 100000"]),
+        (["--prompt", "x", "--allowed-token", "100000"], ["allowed_tokens has the token id 100000"]),
         (["--prompt", "x", "--device", "abacus"], ["--device is 'abacus'", "allowed are cpu, cuda"]),
         (["--prompt", "x", "--device", "cuda:99"], ["--device is 'cuda:99'", "torch finds"]),
         (["--prompt", "x", "--dtype", "int3"], ["--dtype is 'int3'", "bfloat16"]),

@@ -489,6 +489,32 @@ def test_a_model_learns_a_sequence_by_heart():
     assert losses[-1] < 0.1
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_targets_give_the_loss_and_its_gradients(name):
+    """As by cross-entropy of the logits; a head that is the embedding gets both gradients in one."""
+    model = make_model(CONFIGS[name])
+    tokens = random_tokens(model.config, 2, 13)
+    tokens, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, 3] = -100
+    loss = model(tokens, targets)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_targets_of_another_shape_are_refused():
+    model = make_model(CONFIGS["gpt2"])
+    tokens = random_tokens(model.config, 2, 5)
+    with pytest.raises(ValueError, match=r"targets has shape \(2, 4\); it must be that of tokens, \(2, 5\)"):
+        model(tokens, tokens[:, 1:])
+    with pytest.raises(ValueError, match="last_only must be False"):
+        model(tokens, tokens, last_only=True)
+    with pytest.raises(ValueError, match="target must be"):
+        model(tokens, tokens + model.config.vocab_size)
+
+
 def test_inference_leaves_the_model_trainable():
     model = make_model(CONFIGS["yarn"])
     tokens = random_tokens(model.config, 1, 8)

@@ -57,13 +57,9 @@ class SamplingParams:
         check("n", self.n >= 1, "at least 1")
         check("best_of", self.best_of is None or self.best_of >= self.n, f"at least n={self.n}, or None")
         if self.samples > 1:
-            check(
-                "temperature", self.temperature > 0, "above 0 where n or best_of is above 1: greedy samples are equal"
-            )
+            check("temperature", self.temperature > 0, "above 0 for n or best_of above 1: greedy samples are equal")
         check("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0, or None")
-        check(
-            "allowed_tokens", self.allowed_tokens is None or len(self.allowed_tokens) > 0, "None, or have tokens in it"
-        )
+        check("allowed_tokens", self.allowed_tokens is None or len(self.allowed_tokens) > 0, "None, or not empty")
 
     @property
     def samples(self) -> int:
