@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lmops.ops._register import define_op
+from lmops.ops._register import define_op, warp_size
 from lmops.reference.sampling import (
     GREEDY_BELOW,
     LARGEST,
@@ -37,6 +38,25 @@ class Sample(NamedTuple):
     logprobs: Tensor | None
     top_tokens: Tensor | None
     top_logprobs: Tensor | None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Columns that a program takes at a time, and whether that is all; entries of its list that it takes at a time, and
+    that the list has; its threads."""
+
+    cols: int
+    fits: bool
+    list_cols: int
+    cap: int
+    threads: int
+
+
+def sampling_tile(n_cols: int, filters: bool) -> Tile:
+    """The tile for rows of n_cols columns. Chosen with `python -m benchmarks.compile_report`: nothing spills."""
+    cols = min(8_192, max(16, 1 << (n_cols - 1).bit_length()))
+    threads = max(32, min(512, cols // 8))
+    return Tile(cols, n_cols <= cols, min(cols, 2_048), min(16_384, 1 << (n_cols - 1).bit_length()), threads)
 
 
 # ------------------------------------------------------------------------------------------- what may be drawn, and one
@@ -149,9 +169,8 @@ def _sample_cpu(
     for first in range(0, n_rows, step):
         rows = slice(first, first + step)
         part = logits[rows]
-        *filters, repetition, presence, frequency, seeds, offsets = (
-            c[rows] for c in _columns(per_row, numbers, seed, offset, n_rows)
-        )
+        columns = [c[rows] for c in _columns(per_row, numbers, seed, offset, n_rows)]
+        temperature, top_k, top_p, min_p, repetition, presence, frequency, seeds, offsets = columns
         x = adjust(
             part,
             logit_bias=logit_bias if logit_bias is None or logit_bias.ndim == 1 else logit_bias[rows],
@@ -164,7 +183,7 @@ def _sample_cpu(
         valid[rows] = ok = x.amax(-1) > NEG_INF
         if not ok.all():
             x = x.masked_fill(~ok[:, None], 0)
-        tokens[rows] = _draw(x, *filters, seeds, offsets, stream=DRAW).masked_fill_(~ok, 0)
+        tokens[rows] = _draw(x, temperature, top_k, top_p, min_p, seeds, offsets, stream=DRAW).masked_fill_(~ok, 0)
         if n_logprobs:
             lse = part.to(torch.float32).logsumexp(-1, keepdim=True)
             logprobs[rows] = (part.gather(-1, tokens[rows, None]).to(torch.float32) - lse)[:, 0]
@@ -191,7 +210,42 @@ def _sample_triton(
     logits: Tensor, per_row: Parameters, numbers: Sequence[float], seed: int, offset: int,
     token_counts: Tensor | None, logit_bias: Tensor | None, allowed_mask: Tensor | None, n_logprobs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    raise NotImplementedError("sample's kernel is being written: move the logits to the CPU")
+    from lmops.kernels.sampling import sample_kernel
+
+    outputs = _sample_fake(logits, per_row, numbers, seed, offset, token_counts, logit_bias, allowed_mask, n_logprobs)
+    tokens, valid, logprobs, top_tokens, top_logprobs = outputs
+    n_rows, n_cols = logits.shape
+    if n_rows == 0:
+        return outputs
+    filters = any(t is not None for t in per_row[1:4]) or numbers[1] > 0 or numbers[2] < 1 or numbers[3] > 0
+    tile = sampling_tile(n_cols, filters)
+    allowed = None if allowed_mask is None else allowed_mask.view(torch.uint8)
+    # the logits take the place of what is not there, and are not looked at
+    full = [logits, *(logits if t is None else t.expand_as(logits) for t in (logit_bias, allowed, token_counts))]
+    # what may be kept by the filters, where it is no more than this
+    values, ids = (
+        logits.new_empty((n_rows, tile.cap) if filters else 0, dtype=dtype) for dtype in (torch.float32, torch.int32)
+    )
+    lse = torch.empty_like(logprobs)
+    *parameters, seeds, offsets = (
+        number if tensor is None else tensor for tensor, number in zip(per_row, [*numbers, seed, offset], strict=True)
+    )
+    sample_kernel[(n_rows,)](
+        *full, tokens, valid.view(torch.uint8), logprobs, lse, values, ids,
+        tuple(parameters), seeds, offsets, n_cols,
+        tuple(t.stride(0) for t in full),
+        tuple(t.stride(1) for t in full),
+        tuple(0 if t is None else t.stride(0) for t in per_row),
+        BIAS=logit_bias is not None, ALLOWED=allowed is not None, COUNTS=token_counts is not None, FILTERS=filters,
+        LOGPROBS=n_logprobs > 0, FITS=tile.fits, BLOCK=tile.cols, LIST_BLOCK=tile.list_cols, CAP=tile.cap,
+        num_warps=max(1, tile.threads // warp_size()),
+        enable_fp_fusion=False,  # products and sums are rounded one by one, as on a CPU
+    )  # fmt: skip
+    if n_logprobs:
+        top, ids = logits.topk(n_logprobs)
+        top_tokens.copy_(ids)
+        torch.sub(top.to(torch.float32), lse[:, None], out=top_logprobs)
+    return outputs
 
 
 # name -> (test of values, what is allowed)

@@ -1,0 +1,502 @@
+"""Sampling of a token a row: noise, filters without sorting, and verification of drafts (docs/kernels.md, "Sampling").
+
+One program takes one row. Whatever decides is arithmetic with one result, written as in lmops.reference.sampling and
+compiled without contraction of products and sums: the CPU implementation draws the same tokens. Hardware exponentials
+are only used for log-probabilities and for bounds with a margin.
+
+"Slots": a loop over tiles of BLOCK columns keeps, for each of BLOCK slots, what it needs of the columns slot,
+slot + BLOCK, ...; the slots are put together once, behind the loop.
+"""
+
+import triton
+import triton.language as tl
+
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950216293335)
+LN2: tl.constexpr = tl.constexpr(0.6931471824645996)
+SQRT_HALF: tl.constexpr = tl.constexpr(0x3F3504F3)
+GREEDY_BELOW: tl.constexpr = tl.constexpr(1e-5)
+LOWEST_KEY: tl.constexpr = tl.constexpr(-2147483648)
+NO_ID: tl.constexpr = tl.constexpr(2147483647)
+
+
+# ------------------------------------------------------------------------- arithmetic with one result on every device
+
+
+@triton.jit
+def ln_of_split(e, t):
+    """ln(2^e (1 + t))."""
+    q = t * -0.10347994416952133 + 0.16278991103172302
+    q = q * t + -0.17201559245586395
+    q = q * t + 0.1989399641752243
+    q = q * t + -0.2497338503599167
+    q = q * t + 0.33335089683532715
+    q = q * t + -0.5000028610229492
+    return e.to(tl.float32) * LN2 + t * (q * t + 1)
+
+
+@triton.jit
+def split(x):
+    """Exponent e and t of a positive normal x = 2^e (1 + t), with 1 + t from sqrt(1/2) to sqrt(2)."""
+    bits = x.to(tl.int32, bitcast=True) - SQRT_HALF
+    return bits >> 23, ((bits & 0x7FFFFF) + SQRT_HALF).to(tl.float32, bitcast=True) - 1
+
+
+@triton.jit
+def ln(x):
+    e, t = split(x)
+    return ln_of_split(e, t)
+
+
+@triton.jit
+def exp2(y):
+    """2^y for y from -64 to 0; what is below counts as -64."""
+    y = tl.where(y < -64.0, -64.0, y)
+    whole = tl.floor(y)
+    f = y - whole
+    r = f * 0.0018671300495043397 + 0.009017030708491802
+    r = r * f + 0.05579991266131401
+    r = r * f + 0.24016444385051727
+    r = r * f + 0.6931512951850891
+    p = r * f + 1
+    return (p.to(tl.int32, bitcast=True) + (whole.to(tl.int32) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weigh(y):
+    """2^y as a whole number of 2^-40ths, so that sums do not depend on their order."""
+    return (exp2(y) * 1099511627776.0).to(tl.int64)
+
+
+@triton.jit
+def gumbel(word):
+    """-ln(-ln u), u = (word + 1/2) / 2^32; near 1 by way of 1 - u, which has all its digits."""
+    u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    rest = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    e, t = split(u)
+    return -ln(-ln_of_split(e, tl.where(e == 0, -rest, t)))
+
+
+@triton.jit
+def words(fours, seed, offset, STREAM: tl.constexpr):
+    """Four random words for each counter (id // 4, offset, STREAM) under the key `seed`."""
+    low, high = (offset & 0xFFFFFFFF).to(tl.uint32), ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return tl.philox(seed, fours, low, high, (offset * 0 + STREAM).to(tl.uint32))
+
+
+@triton.jit
+def noise_of_tile(start, seed, offset, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    """Gumbel noise (BLOCK,) of the ids from start, a multiple of 4, on: four from a call of Philox."""
+    w0, w1, w2, w3 = words((start // 4 + tl.arange(0, BLOCK // 4)), seed, offset, STREAM)
+    return gumbel(tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape((BLOCK,)))
+
+
+@triton.jit
+def noise_of_ids(ids, seed, offset, STREAM: tl.constexpr):
+    """Gumbel noise of any ids: the word id % 4 of their calls."""
+    w0, w1, w2, w3 = words(ids >> 2, seed, offset, STREAM)
+    low = tl.where((ids & 1) == 0, w0, w1)
+    high = tl.where((ids & 1) == 0, w2, w3)
+    return gumbel(tl.where((ids & 2) == 0, low, high))
+
+
+@triton.jit
+def noisy(x, noise, inverse):
+    """x / temperature + noise, -inf where x is; a number stays one, however large."""
+    z = x * inverse
+    z = tl.where(z > LARGEST, LARGEST, tl.where(z < -LARGEST, -LARGEST, z))
+    return tl.where(x > float("-inf"), z + noise, float("-inf"))
+
+
+@triton.jit
+def order_key(x):
+    """int32 in the order of float32 numbers; -0 and 0 are one."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def from_key(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ a row
+
+
+@triton.jit
+def parameter(value, row, stride):
+    """A number, or the row's entry of a tensor."""
+    value = tl.to_tensor(value)
+    if value.dtype.is_ptr():
+        return tl.load(value + row.to(tl.int64) * stride)
+    else:
+        return value
+
+
+@triton.jit
+def tile_of(ptr, start, lanes, stride):
+    """Addresses of the columns start + lanes of a row at ptr: one scalar moves, the lanes' offsets stay."""
+    return ptr + tl.cast(start, tl.int64) * stride + lanes.to(tl.int64) * stride
+
+
+@triton.jit
+def load_tile(
+    row_ptrs, col_strides, penalties, start, lanes, n_cols,
+    BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr,
+):  # fmt: skip
+    """Logits of columns start + lanes as they are, and adjusted: with bias, mask and penalties, at most LARGEST."""
+    in_row = start + lanes < n_cols
+    raw = tl.load(tile_of(row_ptrs[0], start, lanes, col_strides[0]), mask=in_row, other=float("-inf")).to(tl.float32)
+    x = raw
+    if BIAS:
+        x += tl.load(tile_of(row_ptrs[1], start, lanes, col_strides[1]), mask=in_row, other=0.0).to(tl.float32)
+    if ALLOWED:
+        allowed = tl.load(tile_of(row_ptrs[2], start, lanes, col_strides[2]), mask=in_row, other=0)
+        x = tl.where(allowed != 0, x, float("-inf"))
+    if COUNTS:
+        count = tl.load(tile_of(row_ptrs[3], start, lanes, col_strides[3]), mask=in_row, other=0)
+        repetition, presence, frequency = penalties
+        penalized = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
+        penalized = penalized - presence - count.to(tl.float32) * frequency
+        x = tl.where(count > 0, penalized, x)
+    return raw, tl.where(x > LARGEST, LARGEST, x)
+
+
+@triton.jit
+def add_up(x, m, l, scale):
+    """Slots' running maximum m (at first -LARGEST) and sum l of 2^((x - m) scale), with one exponential."""
+    smaller = tl.exp2(-tl.abs(x - m) * scale)
+    above = x > m
+    return tl.where(above, x, m), tl.where(above, l * smaller + 1, l + smaller)
+
+
+@triton.jit
+def take_best(key, start, best, at):
+    """Slots' largest key so far and the start of its tile; the first of equal ones."""
+    better = key > best
+    return tl.where(better, key, best), tl.where(better, start, at)
+
+
+@triton.jit
+def first_of_best(best, ids):
+    """Largest key of the slots, and the lowest of their ids that has it."""
+    peak = tl.max(best, 0)
+    return peak, tl.min(tl.where(best == peak, ids, NO_ID), 0)
+
+
+@triton.jit
+def draw_unfiltered(
+    row_ptrs, col_strides, penalties, n_cols, greedy, inverse, seed, offset,
+    BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, LOGPROBS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row's largest key (inf: it has a NaN), its token, and the slots' sums for the LSE of the logits as they are."""
+    lanes = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    at = tl.zeros((BLOCK,), tl.int32)
+    m = tl.full((BLOCK,), -LARGEST, tl.float32)
+    l = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n_cols, BLOCK):
+        raw, x = load_tile(row_ptrs, col_strides, penalties, start, lanes, n_cols, BIAS, ALLOWED, COUNTS)
+        key = x
+        if greedy == 0:
+            key = noisy(x, noise_of_tile(start, seed, offset, 0, BLOCK), inverse)
+        best, at = take_best(tl.where(x != x, float("inf"), key), start, best, at)
+        if LOGPROBS:
+            m, l = add_up(raw, m, l, LOG2E)
+    peak, token = first_of_best(best, at + lanes)
+    return peak, token, m, l
+
+
+# ------------------------------------------------------------------------------------------- filters without sorting
+
+
+@triton.jit
+def entries(
+    list_ptrs, row_ptrs, col_strides, penalties, start, lanes, n,
+    LIST: tl.constexpr, BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr,
+):  # fmt: skip
+    """x of entries start + lanes, of the list or else of the row itself."""
+    if LIST:
+        x = tl.load(list_ptrs[0] + start + lanes, mask=start + lanes < n, other=float("-inf"))
+    else:
+        _, x = load_tile(row_ptrs, col_strides, penalties, start, lanes, n, BIAS, ALLOWED, COUNTS)
+    return x
+
+
+@triton.jit
+def threshold(
+    list_ptrs, row_ptrs, col_strides, penalties, n, lo, hi, goal, peak, scale, BY_MASS: tl.constexpr,
+    LIST: tl.constexpr, BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The largest key from lo to hi (int64) such that what has it or a larger one counts, or weighs, at least `goal`.
+
+    lo where there is none.
+    """
+    lanes = tl.arange(0, BLOCK)
+    while lo < hi:
+        middle = hi - ((hi - lo) >> 1)
+        total = tl.zeros((BLOCK,), tl.int64)
+        for start in range(0, n, BLOCK):
+            x = entries(
+                list_ptrs, row_ptrs, col_strides, penalties, start, lanes, n, LIST, BIAS, ALLOWED, COUNTS
+            )  # fmt: skip
+            measure = weigh((x - peak) * scale) if BY_MASS else 1
+            total += tl.where(order_key(x) >= middle, measure, 0)
+        if tl.sum(total, 0) >= goal:
+            lo = middle
+        else:
+            hi = middle - 1
+    return lo
+
+
+@triton.jit
+def tally(
+    list_ptrs, row_ptrs, col_strides, penalties, n, key, peak, scale,
+    LIST: tl.constexpr, BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many entries are above `key`, how many equal it, what those above weigh, and what one that equals it does."""
+    lanes = tl.arange(0, BLOCK)
+    above = tl.zeros((BLOCK,), tl.int32)
+    equal = tl.zeros((BLOCK,), tl.int32)
+    mass = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, n, BLOCK):
+        x = entries(list_ptrs, row_ptrs, col_strides, penalties, start, lanes, n, LIST, BIAS, ALLOWED, COUNTS)
+        keys = order_key(x)
+        above += (keys > key).to(tl.int32)
+        equal += (keys == key).to(tl.int32)
+        mass += tl.where(keys > key, weigh((x - peak) * scale), 0)
+    one = weigh((from_key(key.to(tl.int32)) - peak) * scale)
+    return tl.sum(above, 0).to(tl.int64), tl.sum(equal, 0).to(tl.int64), tl.sum(mass, 0), one
+
+
+@triton.jit
+def choose(
+    list_ptrs, row_ptrs, col_strides, penalties, n, lo, peak, scale, inverse, use_k, use_p, top_k, top_p, least, total,
+    seed, offset,
+    LIST: tl.constexpr, BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The exact prefix among n entries, in ascending order of ids, and the token drawn from it.
+
+    total: the mass of the row, for use_p without use_k. Returns the token, and of the prefix the key of its last token,
+    and the id of the last token that has that key.
+    """
+    hi = order_key(peak).to(tl.int64)
+    key = lo.to(tl.int64)
+    ties = hi * 0 + NO_ID  # how many tokens that equal the key are kept
+    if use_k:
+        key = threshold(
+            list_ptrs, row_ptrs, col_strides, penalties, n, key, hi, top_k.to(tl.int64), peak, scale, False,
+            LIST, BIAS, ALLOWED, COUNTS, BLOCK,
+        )  # fmt: skip
+        above, equal, mass, one = tally(
+            list_ptrs, row_ptrs, col_strides, penalties, n, key, peak, scale, LIST, BIAS, ALLOWED, COUNTS, BLOCK
+        )
+        ties = tl.minimum(top_k.to(tl.int64) - above, equal)
+        total = mass + ties * one
+    if use_p:
+        target = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+        key = threshold(
+            list_ptrs, row_ptrs, col_strides, penalties, n, key, hi, target, peak, scale, True,
+            LIST, BIAS, ALLOWED, COUNTS, BLOCK,
+        )  # fmt: skip
+        above, equal, mass, one = tally(
+            list_ptrs, row_ptrs, col_strides, penalties, n, key, peak, scale, LIST, BIAS, ALLOWED, COUNTS, BLOCK
+        )
+        one = tl.maximum(one, 1)
+        ties = tl.minimum((target - mass + one - 1) // one, equal)
+
+    lanes = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_id = tl.zeros((BLOCK,), tl.int32)
+    last_tie = tl.full((BLOCK,), -1, tl.int32)
+    seen = ties * 0
+    for start in range(0, n, BLOCK):
+        x = entries(list_ptrs, row_ptrs, col_strides, penalties, start, lanes, n, LIST, BIAS, ALLOWED, COUNTS)
+        if LIST:
+            ids = tl.load(list_ptrs[1] + start + lanes, mask=start + lanes < n, other=0)
+            noise = noise_of_ids(ids, seed, offset, 0)
+        else:
+            ids = start + lanes
+            noise = noise_of_tile(start, seed, offset, 0, BLOCK)
+        keys = order_key(x)
+        tie = (keys == key).to(tl.int32)
+        tie = tl.where(tl.cumsum(tie, 0) + seen <= ties, tie, 0)
+        seen += tl.sum((keys == key).to(tl.int32), 0)
+        keep = ((keys > key) | (tie > 0)) & ((x - peak) * scale >= least)
+        best, best_id = take_best(tl.where(keep, noisy(x, noise, inverse), float("-inf")), ids, best, best_id)
+        last_tie = tl.where(tie > 0, ids, last_tie)
+    _, token = first_of_best(best, best_id)
+    return token, key.to(tl.int32), tl.max(last_tie, 0)
+
+
+@triton.jit
+def cut_of_slots(slot, slot_mass, goal, by_k, top):
+    """The largest key that at least `goal` slots' maxima reach (by_k), or ones of that mass; LOWEST_KEY without one.
+
+    Each maximum is an entry of its own, so as many entries of the row, or as much mass, reach it too.
+    """
+    keys = order_key(slot)
+    measure = tl.where(by_k, tl.where(slot_mass > 0, 1.0, 0.0), slot_mass)
+    lo = top.to(tl.int64) * 0 + LOWEST_KEY
+    hi = top.to(tl.int64)
+    while lo < hi:
+        middle = hi - ((hi - lo) >> 1)
+        if tl.sum(tl.where(keys >= middle, measure, 0.0), 0) >= goal:
+            lo = middle
+        else:
+            hi = middle - 1
+    return lo.to(tl.int32)
+
+
+@triton.jit
+def select(x, start, lanes, count, peak, scale, cut, least, list_ptrs, CAP: tl.constexpr):
+    """Append to the list what of a tile may be kept, in the order of ids; how many entries there were by now."""
+    chosen = (order_key(x) >= cut) & ((x - peak) * scale >= least) & (x > float("-inf"))
+    found = tl.sum(chosen.to(tl.int32), 0)
+    if found > 0:
+        place = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(list_ptrs[0] + place, x, mask=chosen & (place < CAP))
+        tl.store(list_ptrs[1] + place, start + lanes, mask=chosen & (place < CAP))
+    return count + found
+
+
+@triton.jit
+def draw_filtered(
+    list_ptrs, row_ptrs, col_strides, penalties, n_cols, scale, inverse, top_k, top_p, min_p, seed, offset,
+    BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, LOGPROBS: tl.constexpr, FITS: tl.constexpr,
+    BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """As `draw_unfiltered`, from the tokens that the filters keep; the largest key is inf or -inf for a bad row."""
+    lanes = tl.arange(0, BLOCK)
+    slot = tl.full((BLOCK,), -LARGEST, tl.float32)
+    l = tl.zeros((BLOCK,), tl.float32)
+    raw_m = tl.full((BLOCK,), -LARGEST, tl.float32)
+    raw_l = tl.zeros((BLOCK,), tl.float32)
+    if FITS:
+        raw, x = load_tile(row_ptrs, col_strides, penalties, 0, lanes, n_cols, BIAS, ALLOWED, COUNTS)
+        slot, l = add_up(x, slot, l, scale)
+        if LOGPROBS:
+            raw_m, raw_l = add_up(raw, raw_m, raw_l, LOG2E)
+    else:
+        for start in range(0, n_cols, BLOCK):
+            raw, x = load_tile(row_ptrs, col_strides, penalties, start, lanes, n_cols, BIAS, ALLOWED, COUNTS)
+            slot, l = add_up(x, slot, l, scale)
+            if LOGPROBS:
+                raw_m, raw_l = add_up(raw, raw_m, raw_l, LOG2E)
+    peak = tl.max(slot, 0)
+    one = tl.where(l == 0, 0.0, tl.exp2((slot - peak) * scale))
+    z = tl.sum(l * one, 0)
+
+    use_k = (top_k > 0) & (top_k < n_cols)
+    use_p = top_p < 1
+    least = tl.where(min_p > 0, ln(tl.maximum(min_p, 1e-37)) * LOG2E, float("-inf"))
+    # a bound of what the filters keep, so that few entries go to the list: what is left out weighs nothing where
+    # masses of the list are taken, or is counted in `total`
+    by_k = use_k & (top_k <= BLOCK)
+    goal = tl.where(by_k, top_k.to(tl.float32), top_p * z * 1.0001)
+    cut = order_key(peak) * 0 + LOWEST_KEY
+    bound = tl.where(use_k & use_p, float("-inf"), least)
+    if by_k | (use_p & (use_k == 0)):
+        cut = cut_of_slots(slot, one, goal, by_k, order_key(peak))
+    if use_p & (use_k == 0):
+        # tokens lighter than this together weigh less than the 1 - top_p that may be left out
+        bound = tl.maximum(bound, tl.log2((1 - top_p) * z / n_cols * 0.9999))
+    count = cut * 0
+    mass = tl.zeros((BLOCK,), tl.int64)
+    if FITS:
+        mass += weigh((x - peak) * scale)
+        count = select(x, 0, lanes, count, peak, scale, cut, bound, list_ptrs, CAP)
+    else:
+        for start in range(0, n_cols, BLOCK):
+            _, x = load_tile(row_ptrs, col_strides, penalties, start, lanes, n_cols, BIAS, ALLOWED, COUNTS)
+            if use_p & (use_k == 0):
+                mass += weigh((x - peak) * scale)
+            count = select(x, start, lanes, count, peak, scale, cut, bound, list_ptrs, CAP)
+    total = tl.sum(mass, 0)
+    tl.debug_barrier()
+    token = cut * 0
+    if (z == z) & (z > 0):
+        if count <= CAP:
+            token, _, _ = choose(
+                list_ptrs, row_ptrs, col_strides, penalties, count, cut, peak, scale, inverse,
+                use_k, use_p, top_k, top_p, least, total, seed, offset, True, BIAS, ALLOWED, COUNTS, LIST_BLOCK,
+            )  # fmt: skip
+        else:
+            token, _, _ = choose(
+                list_ptrs, row_ptrs, col_strides, penalties, n_cols, cut, peak, scale, inverse,
+                use_k, use_p, top_k, top_p, least, total, seed, offset, False, BIAS, ALLOWED, COUNTS, LIST_BLOCK,
+            )  # fmt: skip
+    valid = (z == z) & (z > 0)
+    return tl.where(valid, 0.0, float("-inf")), token, raw_m, raw_l
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=("seed", "offset"))
+def sample_kernel(
+    logits_ptr, bias_ptr, allowed_ptr, counts_ptr, tokens_ptr, valid_ptr, logprobs_ptr, lse_ptr, values_ptr, ids_ptr,
+    parameters, seed, offset, n_cols, row_strides, col_strides, parameter_strides,
+    BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, FILTERS: tl.constexpr, LOGPROBS: tl.constexpr,
+    FITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """token = argmax of x / temperature + Gumbel noise over what top-k, top-p and min-p keep, x the adjusted logits.
+
+    logits, bias, allowed (uint8), counts: (B, V) with any strides, of which row_strides and col_strides have one each.
+    parameters: temperature, top_k, top_p, min_p and the three penalties, each a number or a pointer to (B,); seed and
+    offset likewise; parameter_strides: one each. tokens (B,) int64, valid (B,) uint8, logprobs and lse (B,) float32.
+    values, ids: (B, CAP) to write what may be kept. FILTERS: rows may have filters. FITS: V <= BLOCK.
+    """
+    row = tl.program_id(0)
+    r = row.to(tl.int64)
+    row_ptrs = (
+        logits_ptr + r * row_strides[0], bias_ptr + r * row_strides[1], allowed_ptr + r * row_strides[2],
+        counts_ptr + r * row_strides[3],
+    )  # fmt: skip
+    temperature = parameter(parameters[0], row, parameter_strides[0]).to(tl.float32)
+    penalties = (
+        parameter(parameters[4], row, parameter_strides[4]).to(tl.float32),
+        parameter(parameters[5], row, parameter_strides[5]).to(tl.float32),
+        parameter(parameters[6], row, parameter_strides[6]).to(tl.float32),
+    )
+    seed = parameter(seed, row, parameter_strides[7]).to(tl.int64)
+    offset = parameter(offset, row, parameter_strides[8]).to(tl.int64)
+    good = (temperature >= 0) & (temperature < float("inf"))
+    greedy = (temperature < GREEDY_BELOW) | (good == 0)
+    divisor = tl.where(greedy, 1.0, temperature)
+    inverse = tl.div_rn(1.0, divisor)
+    if FILTERS:
+        # compared as they are, so that no conversion overflows
+        k = parameter(parameters[1], row, parameter_strides[1])
+        top_k = tl.where((k > 0) & (k < n_cols), k, 0).to(tl.int32)
+        top_p = parameter(parameters[2], row, parameter_strides[2]).to(tl.float32)
+        top_p = tl.where(top_p < 1, tl.where(top_p > 0, top_p, 1e-30), 1.0)
+        min_p = parameter(parameters[3], row, parameter_strides[3]).to(tl.float32)
+        min_p = tl.where(min_p > 1, 1.0, min_p)
+        if (greedy == 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
+            list_ptrs = (values_ptr + r * CAP, ids_ptr + r * CAP)
+            peak, token, m, l = draw_filtered(
+                list_ptrs, row_ptrs, col_strides, penalties, n_cols, tl.div_rn(LOG2E, divisor), inverse,
+                top_k, top_p, min_p, seed, offset,
+                BIAS, ALLOWED, COUNTS, LOGPROBS, FITS, BLOCK, LIST_BLOCK, CAP,
+            )  # fmt: skip
+        else:
+            peak, token, m, l = draw_unfiltered(
+                row_ptrs, col_strides, penalties, n_cols, greedy, inverse, seed, offset,
+                BIAS, ALLOWED, COUNTS, LOGPROBS, BLOCK,
+            )  # fmt: skip
+    else:
+        peak, token, m, l = draw_unfiltered(
+            row_ptrs, col_strides, penalties, n_cols, greedy, inverse, seed, offset,
+            BIAS, ALLOWED, COUNTS, LOGPROBS, BLOCK,
+        )  # fmt: skip
+    valid = good & (peak > float("-inf")) & (peak < float("inf"))
+    token = tl.where(valid, token, 0)
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(valid_ptr + row, valid.to(tl.uint8))
+    if LOGPROBS:
+        top = tl.max(m, 0)
+        lse = top + tl.log2(tl.sum(l * tl.exp2((m - top) * LOG2E), 0)) * LN2
+        tl.store(lse_ptr + row, lse)
+        chosen = tl.load(row_ptrs[0] + token.to(tl.int64) * col_strides[0]).to(tl.float32)
+        tl.store(logprobs_ptr + row, chosen - lse)
