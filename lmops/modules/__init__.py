@@ -1,15 +1,19 @@
 """Drop-in torch modules over the operators."""
 
 from lmops.modules.attention import CrossAttention, SelfAttention
+from lmops.modules.lora import LoRALinear
 from lmops.modules.loss import CrossEntropyLoss, LinearCrossEntropy
 from lmops.modules.sampler import Sampler
 from lmops.modules.softmax import LogSoftmax, Softmax
+from lmops.quantization.linear import QuantLinear
 
 __all__ = [
     "CrossAttention",
     "CrossEntropyLoss",
     "LinearCrossEntropy",
+    "LoRALinear",
     "LogSoftmax",
+    "QuantLinear",
     "Sampler",
     "SelfAttention",
     "Softmax",
