@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmops.ops._register import define_op
-from lmops.reference.quantization import dequantize, row_chunks
+from lmops.reference.quantization import dequantize, row_chunks, unit_columns
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,6 +36,70 @@ class Quantized(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
 
+@dataclass(frozen=True)
+class Tile:
+    """What a program takes: block_m rows of the weight, block_n rows of x, and one of `splits` parts of the columns."""
+
+    block_m: int
+    block_n: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def quantized_matmul_tile(n_rows: int, n_out: int, units: int, itemsize: int, target: str) -> Tile:
+    """The tile for n_rows rows of x, in numbers of itemsize bytes, times a weight (n_out, units of columns).
+
+    Chosen from what the compiler made of them (docs/results/quantized_matmul.md). Columns are split where there are too
+    few tiles to fill a GPU: with few rows, what counts is that much of the weight is on its way at any time.
+    """
+    block_n = min(max(16, 1 << (n_rows - 1).bit_length()), 256)
+    if itemsize == 4:
+        block_m, block_n, num_warps, num_stages = 64, min(block_n, 32), 4, 2
+    elif block_n <= 32:
+        block_m, num_warps, num_stages = 128, 4, 4
+    elif block_n == 64 or target != "sm_90":
+        block_m, block_n, num_warps, num_stages = 128, 64, 4, 3
+    else:
+        block_m, num_warps, num_stages = 128, 8, 3
+    tiles = -(-n_out // block_m) * -(-n_rows // block_n)
+    wanted = max(1, (512 if block_n <= 32 else 256) // tiles)
+    units_a_split = max(2 if block_n <= 32 else 4, -(-units // wanted))
+    return Tile(block_m, block_n, -(-units // units_a_split), num_warps, num_stages)
+
+
+def _target() -> str:
+    """What Triton compiles for: "sm_90", "gfx942", ... or "interpreter"."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def _arguments(
+    x: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None, format: str, group_size: int,
+    scaled: bool, target: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The compile-time arguments that the kernels share. scaled: a weight is multiplied by its scale."""
+    import triton.language as tl
+
+    # in x's type a weight is formed exactly as `dequantize` rounds it, if the scales are of that type; bfloat16 holds
+    # other scales with a relative error of 2^-9, float16 might not hold them at all. Offsets take the difference of
+    # larger numbers, so these must not be rounded before
+    alike = scales.dtype == x.dtype or (x.dtype == torch.bfloat16 and offsets is None)
+    narrow = (alike and not (offsets is not None and x.dtype == torch.bfloat16)) or not scaled
+    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    return {
+        "PARTS": 4 if format == "int4" else 2, "GROUP": max(0, group_size), "FORMAT": format,
+        "SHIFT": "zeros" if zeros is not None else "offsets" if offsets is not None else "",
+        "COMPUTE": types[x.dtype if narrow else torch.float32], "PTX": target.startswith("sm_"),
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "OFFSET": tl.int32 if 256 * max(map(abs, x.stride())) < 2**31 else tl.int64,
+    }  # fmt: skip
+
+
 def _chunks(
     packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None, permutation: Tensor | None,
     format: str, group_size: int, n_in: int, dtype: torch.dtype,
@@ -50,6 +115,37 @@ def _forward_fake(
     permutation: Tensor | None, bias: Tensor | None, format: str, group_size: int,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], packed.shape[1])
+
+
+def _forward_triton(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None,
+    permutation: Tensor | None, bias: Tensor | None, format: str, group_size: int,
+) -> Tensor:  # fmt: skip
+    from lmops.kernels.quantized_matmul import add_splits_kernel, quantized_matmul_kernel
+
+    y = _forward_fake(x, packed, scales, zeros, offsets, permutation, bias, format, group_size)
+    if y.numel() == 0:
+        return y
+    rows = x.reshape(-1, x.shape[-1])
+    if permutation is not None:
+        rows = rows.index_select(1, permutation)
+    (n_rows, n_in), (units, n_out) = rows.shape, packed.shape[:2]
+    target = _target()
+    tile = quantized_matmul_tile(n_rows, n_out, units, x.element_size(), target)
+    split = tile.splits > 1
+    out = y.new_empty(tile.splits, n_rows, n_out, dtype=torch.float32) if split else y
+    scaled = group_size != -1 or offsets is not None
+    quantized_matmul_kernel[(-(-n_out // tile.block_m) * -(-n_rows // tile.block_n), tile.splits)](
+        rows, packed, scales, zeros if offsets is None else offsets, bias, out, n_rows, n_out, n_in, len(scales),
+        -(-units // tile.splits), rows.stride(), M=tile.block_m, N=tile.block_n,
+        BIAS=bias is not None and not split, SPLIT=split, EDGE=n_in % unit_columns(format) != 0,
+        **_arguments(rows, scales, zeros, offsets, format, group_size, scaled, target),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if split:
+        grid = (-(-n_out // 1024), n_rows)
+        add_splits_kernel[grid](out, bias, y, n_rows, n_out, tile.splits, BIAS=bias is not None, BLOCK=1024)
+    return y
 
 
 def _forward_cpu(
@@ -73,6 +169,29 @@ def _backward_fake(
     return dy.new_empty(*dy.shape[:-1], n_in)
 
 
+def _backward_triton(
+    dy: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None,
+    permutation: Tensor | None, format: str, group_size: int, n_in: int,
+) -> Tensor:  # fmt: skip
+    from lmops.kernels.quantized_matmul import quantized_matmul_dx_kernel
+
+    dx = _backward_fake(dy, packed, scales, zeros, offsets, permutation, format, group_size, n_in)
+    if dx.numel() == 0:
+        return dx
+    rows = dy.reshape(-1, dy.shape[-1])
+    n_rows, (units, n_out) = len(rows), packed.shape[:2]
+    out = dx if permutation is None else torch.empty_like(dx)
+    block_m, block_n = (32, 32) if dy.element_size() == 4 else (64, 64 if n_rows <= 64 else 128)
+    quantized_matmul_dx_kernel[(units * -(-n_rows // block_n),)](
+        rows, packed, scales, zeros if offsets is None else offsets, out, n_rows, n_out, n_in, len(scales),
+        rows.stride(), M=block_m, N=block_n,
+        **_arguments(rows, scales, zeros, offsets, format, group_size, True, _target()), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if permutation is not None:
+        dx.index_copy_(-1, permutation.long(), out)
+    return dx
+
+
 def _backward_cpu(
     dy: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None,
     permutation: Tensor | None, format: str, group_size: int, n_in: int,
@@ -88,14 +207,14 @@ def _backward_cpu(
 quantized_matmul_forward = define_op(
     "quantized_matmul_forward(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? offsets,"
     " Tensor? permutation, Tensor? bias, str format, int group_size) -> Tensor",
-    triton=_forward_cpu,
+    triton=_forward_triton,
     torch_cpu=_forward_cpu,
     fake=_forward_fake,
 )
 quantized_matmul_backward = define_op(
     "quantized_matmul_backward(Tensor dy, Tensor packed, Tensor scales, Tensor? zeros, Tensor? offsets,"
     " Tensor? permutation, str format, int group_size, int n_in) -> Tensor",
-    triton=_backward_cpu,
+    triton=_backward_triton,
     torch_cpu=_backward_cpu,
     fake=_backward_fake,
 )

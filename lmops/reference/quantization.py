@@ -10,8 +10,10 @@ Codes are packed 16 bits at a time, in units of 128 columns (int4) or 64 columns
     int4    bits    15..12   11..8    7..4     3..0        8 bits    bits     15..8     7..0
             column  96 + j   64 + j   32 + j   j                     column   32 + j    j         of unit u, word j
 
-so a unit of a row is 64 bytes, and word by word one shift and mask gives 32 neighbouring columns. Columns behind n_in
-are packed as 0. Scales, zeros and offsets are (groups, n_out).
+so a unit of a row is 64 bytes, and one shift and mask of its words gives a part of 32 neighbouring columns. In memory
+word j = 16 c + 8 h + 2 t + b (c, h, b < 2, t < 4) is at place 8 t + 4 c + 2 h + b: the four lanes of a tensor core that
+share a row read 16 bytes each and then hold the columns that they need. Columns behind n_in are packed as 0. Scales,
+zeros and offsets are (groups, n_out).
 """
 
 from __future__ import annotations
@@ -45,14 +47,16 @@ def pack(codes: Tensor, format: str) -> Tensor:
     words = u[:, :, 0]
     for part in range(1, 16 // bits):
         words = words | u[:, :, part] << bits * part
-    return words.to(torch.int16).transpose(0, 1).contiguous()  # the upper bits wrap
+    places = words.unflatten(2, (2, 2, 4, 2)).permute(1, 0, 4, 2, 3, 5)  # (units, n_out, t, c, h, b)
+    return places.to(torch.int16).reshape(-1, codes.shape[0], WORDS)  # the upper bits wrap
 
 
 def unpack(packed: Tensor, format: str, n_in: int) -> Tensor:
     """The inverse of `pack`: int4 as uint8, int8 as int8, fp8 as float8_e4m3fn."""
     bits = bits_of(format)
     shifts = torch.arange(0, 16, bits, dtype=torch.int16, device=packed.device)[:, None]
-    parts = (packed.unsqueeze(2) >> shifts) & ((1 << bits) - 1)  # (units, n_out, part, word)
+    words = packed.unflatten(2, (4, 2, 2, 2)).permute(0, 1, 3, 4, 2, 5).flatten(2)
+    parts = (words.unsqueeze(2) >> shifts) & ((1 << bits) - 1)  # (units, n_out, part, word)
     u = parts.to(torch.uint8).permute(1, 0, 2, 3).flatten(1)[:, :n_in].contiguous()
     return u if format == "int4" else u.view(torch.int8 if format == "int8" else torch.float8_e4m3fn)
 
