@@ -4,13 +4,16 @@ Shapes in comments: M queries and N keys of a tile, D head_dim of queries and ke
 and the order of the tiles are in docs/kernels.md. What all the kernels take:
 
     q (B, H, Sq, D), k (B, KV, Sk, D), v (B, KV, Sk, E), o and do (B, H, Sq, E); strides in elements
-    lse, delta (B, H, Sq) float32, contiguous
+    lse (B, H, Sq) float32, contiguous: the natural logarithm of the softmax's sum
+    base (B, H, Sq, 2) float32, contiguous: the same in base 2 as the forward has it, the largest score and the rest: p
+        = 2^(factor scores - base - rest). WIDE, for float32: they are not added up, which would round
     bias   broadcast to (B, H, Sq, Sk) by strides of 0; BIAS: "" for none, "mask" (False hides), "add"
     slopes (B or 1, H) float32 (ALIBI), sinks (H,) (SINKS), seed (1,) int64 (DROPOUT)
     PACKED: B is 1 in memory, and cu_q, cu_k (N + 1,) int32 hold where the N sequences begin
     query i sees key j if -right <= i + shift - j <= left, where shift = Sk - Sq if BOTTOM_RIGHT else 0;
     LEFT, RIGHT: whether there is that bound. GROUP = H / KV
-    SCALED: between the products and the scores lies more than a positive factor
+    SCALED: between the products and the scores lies more than a positive factor. factor: log2(e), unless SCALED times
+        scale
 """
 
 import triton
@@ -100,14 +103,20 @@ def load_tile(source, batch, head, start, offsets, stride, in_rows, ROWS: tl.con
 
 
 @triton.jit
-def load_stats(pointer, rows, in_rows, EDGE: tl.constexpr):
-    """base and delta of rows, from pairs in memory: one access, and side by side in the registers of a lane."""
-    pairs_ptr = pointer + 2 * rows[:, None] + tl.arange(0, 2)[None, :]
-    if EDGE:
-        # base inf: a probability of 0 where there is no query
-        return tl.split(tl.load(pairs_ptr, mask=in_rows[:, None], other=float("inf")))
+def load_stats(stats_ptr, first, rows, in_rows, EDGE: tl.constexpr, WIDE: tl.constexpr):
+    """base, delta and rest of the rows from `first` on; base is inf, for a p of 0, where there is no query."""
+    if WIDE:
+        at = stats_ptr + 3 * (first + rows)
+        base = tl.load(at, mask=in_rows, other=float("inf"))
+        return base, tl.load(at + 1, mask=in_rows, other=0.0), tl.load(at + 2, mask=in_rows, other=0.0)
     else:
-        return tl.split(tl.load(pairs_ptr))
+        # pairs: one access, and side by side in the registers of a lane
+        pairs_ptr = stats_ptr + 2 * first + 2 * rows[:, None] + tl.arange(0, 2)[None, :]
+        if EDGE:
+            base, delta = tl.split(tl.load(pairs_ptr, mask=in_rows[:, None], other=float("inf")))
+        else:
+            base, delta = tl.split(tl.load(pairs_ptr))
+        return base, delta, 0.0
 
 
 @triton.jit
@@ -188,13 +197,14 @@ VARYING = ("n_batch", "n_heads", "q_total", "k_total", "left", "right")
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, lse_ptr, bias_ptr, slopes_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, lse_ptr, base_ptr, bias_ptr, slopes_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr,
+    seed_ptr,
     q_strides, k_strides, v_strides, o_strides, bias_strides, slopes_stride,
-    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
+    n_heads, q_total, k_total, scale, factor, left, right, softcap, dropout_p,
     FIRST_BATCH: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
     PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr,
     ALIBI: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, BASE: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr, PTX: tl.constexpr, OFFSET: tl.constexpr, ALIKE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -203,6 +213,7 @@ def attention_forward_kernel(
     A row is a query, or (PACK > 1) one of PACK query heads that share a key head, at one position: few queries then
     fill a tile, and read keys once. DESCRIPTOR: k_desc and v_desc are tensor descriptors of k and v. OFFSET: the
     integers that hold offsets within a tile. ALIKE: k and v lie alike in memory. PTX: the target is NVIDIA's.
+    BASE: a backward follows, which needs base.
     """
     tile, head0, batch = program(FIRST_BATCH, RIGHT)
     q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
@@ -236,7 +247,6 @@ def attention_forward_kernel(
     begin, full_begin, full_end, end = visible_range(
         row0 // PACK + shift, last + shift, left, right, k_len, LEFT, RIGHT, BLOCK_N
     )
-    factor = LOG2E if SCALED else scale * LOG2E
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
@@ -276,8 +286,12 @@ def attention_forward_kernel(
     positions, heads = rows // PACK, head0 * PACK + rows % PACK
     in_rows = positions < q_len
     empty = l == 0
-    lse = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * LN2)
-    tl.store(lse_ptr + (q_batch * n_heads + heads).to(tl.int64) * q_total + q_first + positions, lse, mask=in_rows)
+    rest = tl.log2(tl.where(empty, 1.0, l))
+    row_at = (q_batch * n_heads + heads).to(tl.int64) * q_total + q_first + positions  # in lse and base
+    tl.store(lse_ptr + row_at, (m + rest) * LN2, mask=in_rows)
+    if BASE:  # inf: a row that sees nothing has p 0
+        tl.store(base_ptr + 2 * row_at, tl.where(empty, float("inf"), m), mask=in_rows)
+        tl.store(base_ptr + 2 * row_at + 1, rest, mask=in_rows)
     o = acc * (1 / tl.where(empty, 1.0, l * (1 - dropout_p) if DROPOUT else l))[:, None]
     o_at = offset((q_batch, heads[:, None], (q_first + positions)[:, None], value_dims[None, :]), o_strides)
     in_o = in_rows[:, None] & (value_dims < VALUE_DIM)[None, :]
@@ -286,20 +300,21 @@ def attention_forward_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, stats_ptr, bias_ptr, slopes_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, do_ptr, dq_ptr, base_ptr, dlse_ptr, stats_ptr, bias_ptr, slopes_ptr,
     cu_q_ptr, cu_k_ptr, seed_ptr,
     q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, dlse_strides, bias_strides, slopes_stride,
-    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
+    n_heads, q_total, k_total, scale, factor, left, right, softcap, dropout_p,
     FIRST_BATCH: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr,
     PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr,
     ALIBI: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, DLSE: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, DLSE: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr, PTX: tl.constexpr, OFFSET: tl.constexpr, ALIKE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dq = ds k for BLOCK_M queries, ds = p (do v^T - delta) scale, where delta = sum_e o do - dlse.
 
-    For the other kernels it writes stats (B, H, Sq, 2) float32: base, where p = 2^(scores log2(e) - base), and delta.
+    For the other kernels it writes stats (B, H, Sq, 2) float32: base with the rest, and delta; WIDE (B, H, Sq, 3): the
+    rest by itself.
     DLSE: the gradient of lse is there, (B, H, Sq) with dlse_strides.
     """
     tile, head, batch = program(FIRST_BATCH, RIGHT)
@@ -317,7 +332,7 @@ def attention_backward_dq_kernel(
     q = tl.load(q_ptr + offset((q_batch, head, q_rows, dims[None, :]), q_strides), mask=in_q, other=0.0)
     do = tl.load(do_ptr + offset((q_batch, head, q_rows, value_dims[None, :]), do_strides), mask=in_o, other=0.0)
     o = tl.load(o_ptr + offset((q_batch, head, q_rows, value_dims[None, :]), o_strides), mask=in_o, other=0.0)
-    row_at = (q_batch * n_heads + head).to(tl.int64) * q_total + q_first + positions  # in lse and delta
+    row_at = (q_batch * n_heads + head).to(tl.int64) * q_total + q_first + positions  # in base
     # the selection keeps a product from being contracted with the sum across lanes, after which lanes that hold copies
     # of one sum would differ in the last bit
     delta = tl.sum(tl.where(in_o, o.to(tl.float32) * do.to(tl.float32), 0.0), 1)
@@ -326,10 +341,14 @@ def attention_backward_dq_kernel(
         delta -= tl.load(
             dlse_ptr + dlse_at + (q_first + positions).to(tl.int64) * dlse_strides[2], mask=in_rows, other=0.0
         )
-    lse = tl.load(lse_ptr + row_at, mask=in_rows, other=float("-inf"))
-    base = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row that saw nothing: exp2(x - inf) = 0
-    tl.store(stats_ptr + 2 * row_at, base, mask=in_rows)
-    tl.store(stats_ptr + 2 * row_at + 1, delta, mask=in_rows)
+    base = tl.load(base_ptr + 2 * row_at, mask=in_rows, other=float("inf"))
+    rest = tl.load(base_ptr + 2 * row_at + 1, mask=in_rows, other=0.0)
+    if WIDE:
+        tl.store(stats_ptr + 3 * row_at + 2, rest, mask=in_rows)
+    else:
+        base += rest
+    tl.store(stats_ptr + (3 if WIDE else 2) * row_at, base, mask=in_rows)
+    tl.store(stats_ptr + (3 if WIDE else 2) * row_at + 1, delta, mask=in_rows)
 
     k_ptr += offset((k_batch, kv_head, k_first, 0), k_strides)
     v_ptr += offset((k_batch, kv_head, k_first, 0), v_strides)
@@ -348,7 +367,6 @@ def attention_backward_dq_kernel(
     begin, full_begin, full_end, end = visible_range(
         row0 + shift, tl.minimum(row0 + BLOCK_M, q_len) - 1 + shift, left, right, k_len, LEFT, RIGHT, BLOCK_N
     )
-    factor = LOG2E if SCALED else scale * LOG2E
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for EDGE in tl.static_range(2):
         skip = full_end - full_begin
@@ -371,14 +389,15 @@ def attention_backward_dq_kernel(
                                      high[:, None], SCALED, SOFTCAP, ALIBI, BIAS, EDGE and LEFT, EDGE)  # fmt: skip
             v = load_tile(v_desc if DESCRIPTOR else v_ptr, k_batch, kv_head, k_first + start if DESCRIPTOR else start,
                           v_offsets, v_strides[2], in_cols, BLOCK_N, BLOCK_E, VALUE_DIM, EDGE, DESCRIPTOR)  # fmt: skip
-            p = tl.exp2(x * factor - base[:, None])
+            z = x * factor - base[:, None]
+            p = tl.exp2(z - rest[:, None] if WIDE else z)
             # without dropout -delta is the first value of the sum
-            dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) - (0.0 if DROPOUT else delta[:, None])
+            dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) - (0.0 if DROPOUT or WIDE else delta[:, None])
             dp = tl.dot(do, v.T, dp, input_precision=PRECISION)
             if DROPOUT:
                 keep = kept(seed, positions[:, None], at[None, :], batch * n_heads + head, dropout_p)
                 dp = tl.where(keep, dp * (1 / (1 - dropout_p)), 0.0)
-            ds = p * (dp - delta[:, None] if DROPOUT else dp)
+            ds = p * (dp - delta[:, None] if DROPOUT or WIDE else dp)
             if SOFTCAP:
                 ds *= slope_of_cap
             if EDGE or (BIAS != ""):  # what is hidden takes no part, whatever is in v there
@@ -395,11 +414,12 @@ def attention_backward_dq_kernel(
 def attention_backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, stats_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, bias_strides, slopes_stride,
-    n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
+    n_heads, q_total, k_total, scale, factor, left, right, softcap, dropout_p,
     FIRST_BATCH: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr,
     PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr,
     ALIBI: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
     OFFSET: tl.constexpr, ALIKE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -433,7 +453,6 @@ def attention_backward_dkv_kernel(
     begin, full_begin, full_end, end = visible_range(
         col0 - shift, tl.minimum(col0 + BLOCK_N, k_len) - 1 - shift, right, left, q_len, RIGHT, LEFT, BLOCK_M
     )
-    factor = LOG2E if SCALED else scale * LOG2E
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for member in range(GROUP):
@@ -461,25 +480,26 @@ def attention_backward_dkv_kernel(
                               BLOCK_M, BLOCK_D, HEAD_DIM, EDGE)  # fmt: skip
                 do = load_tile(head_do_ptr, 0, 0, start, do_offsets, do_strides[2], in_rows,
                               BLOCK_M, BLOCK_E, VALUE_DIM, EDGE)  # fmt: skip
-                base, delta = load_stats(stats_ptr + 2 * (row_at + start), rows, in_rows, EDGE)
+                base, delta, rest = load_stats(stats_ptr, row_at + start, rows, in_rows, EDGE, WIDE)
                 xt = tl.dot(k, q.T, input_precision=PRECISION)  # (N, M)
                 bias = load_bias(head_bias_ptr, at[None, :], cols[:, None], bias_strides, q_len, k_len, BIAS)
                 query = (at + shift)[None, :]
                 xt, slope_of_cap = scores(xt, query, cols[:, None], bias, slope, scale, softcap,
                                           query - left if LEFT else 0, query + right if RIGHT else 0, SCALED, SOFTCAP,
                                           ALIBI, BIAS, EDGE and LEFT, EDGE and RIGHT)  # fmt: skip
-                pt = tl.exp2(xt * factor - base[None, :])
+                zt = xt * factor - base[None, :]
+                pt = tl.exp2(zt - rest[None, :] if WIDE else zt)
                 kept_pt = pt
                 if DROPOUT:
                     keep = kept(seed, at[None, :], cols[:, None], batch * n_heads + head, dropout_p)
                     kept_pt = tl.where(keep, pt * (1 / (1 - dropout_p)), 0.0)
                 dv = tl.dot(kept_pt.to(do.dtype), do, dv, input_precision=PRECISION)
                 # delta can go in as the first value of the sum, and takes no registers and no subtraction of its own
-                dpt = tl.zeros((BLOCK_N, BLOCK_M), tl.float32) - (0.0 if DROPOUT else delta[None, :])
+                dpt = tl.zeros((BLOCK_N, BLOCK_M), tl.float32) - (0.0 if DROPOUT or WIDE else delta[None, :])
                 dpt = tl.dot(v, do.T, dpt, input_precision=PRECISION)
                 if DROPOUT:
                     dpt = tl.where(keep, dpt * (1 / (1 - dropout_p)), 0.0)
-                dst = pt * (dpt - delta[None, :] if DROPOUT else dpt)
+                dst = pt * (dpt - delta[None, :] if DROPOUT or WIDE else dpt)
                 if SOFTCAP:
                     dst *= slope_of_cap
                 if EDGE or (BIAS != ""):
@@ -499,10 +519,10 @@ def attention_backward_dkv_kernel(
 def attention_backward_bias_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dbias_ptr, stats_ptr, bias_ptr, slopes_ptr, seed_ptr,
     q_strides, k_strides, v_strides, do_strides, dbias_strides, bias_strides, slopes_stride,
-    n_batch, n_heads, q_total, k_total, scale, left, right, softcap, dropout_p,
+    n_batch, n_heads, q_total, k_total, scale, factor, left, right, softcap, dropout_p,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, SUM: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, ALIBI: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dbias = p (do v^T - delta) in a tile, summed over the dimensions of (B, H, Sq, Sk) that the bias broadcasts.
@@ -546,7 +566,7 @@ def attention_backward_bias_kernel(
         do = tl.load(do_ptr + do_at, mask=in_rows & (value_dims < VALUE_DIM), other=0.0)
         v = tl.load(v_ptr + v_at, mask=in_cols & (value_dims < VALUE_DIM), other=0.0)
         row_at = (batch * n_heads + head).to(tl.int64) * q_total + first_row
-        base, delta = load_stats(stats_ptr + 2 * row_at, tl.arange(0, BLOCK_M), rows < q_total, True)
+        base, delta, rest = load_stats(stats_ptr, row_at, tl.arange(0, BLOCK_M), rows < q_total, True, WIDE)
         slope = tl.load(slopes_ptr + batch * slopes_stride + head) if ALIBI else 0.0
         head_bias_ptr = bias_ptr + batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
         bias = load_bias(head_bias_ptr, rows[:, None], cols[None, :], bias_strides, q_total, k_total, "add")
@@ -554,7 +574,7 @@ def attention_backward_bias_kernel(
         high = tl.minimum(rows + shift + right, k_total - 1) if RIGHT else rows * 0 + k_total - 1
         x, _ = scores(tl.dot(q, k.T, input_precision=PRECISION), (rows + shift)[:, None], cols[None, :], bias, slope,
                       scale, softcap, low[:, None], high[:, None], True, SOFTCAP, ALIBI, "add", LEFT, True)  # fmt: skip
-        p = tl.exp2(x * LOG2E - base[:, None])
+        p = tl.exp2(x * factor - base[:, None] - rest[:, None]) if WIDE else tl.exp2(x * factor - base[:, None])
         dp = tl.dot(do, v.T, input_precision=PRECISION)
         if DROPOUT:
             keep = kept(seed, rows[:, None], cols[None, :], batch * n_heads + head, dropout_p)

@@ -65,7 +65,8 @@ def pytest_report_header(config):
 def pytest_generate_tests(metafunc):
     if "path" in metafunc.fixturenames:
         simulated = metafunc.config.option.device.startswith("sm_")
-        metafunc.parametrize("path", ["triton"] if simulated else ["torch", "triton"], indirect=True)
+        kernels_only = simulated or metafunc.definition.get_closest_marker("kernels_only")
+        metafunc.parametrize("path", ["triton"] if kernels_only else ["torch", "triton"], indirect=True)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -73,7 +74,8 @@ def pytest_collection_modifyitems(config, items):
     chosen = [
         i
         for i in items
-        if (simulated and "path" in i.fixturenames) or (not simulated and "launches" not in i.fixturenames)
+        if (simulated and "path" in i.fixturenames and not i.get_closest_marker("not_simulated"))
+        or (not simulated and "launches" not in i.fixturenames)
     ]
     config.hook.pytest_deselected(items=[i for i in items if i not in set(chosen)])
     items[:] = chosen

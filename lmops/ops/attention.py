@@ -22,6 +22,7 @@ from lmops.reference.attention import dropout_keep
 _torch_forward: Any = torch._scaled_dot_product_flash_attention_for_cpu
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 NEG_INF = float("-inf")
+LOG2E = math.log2(math.e)
 CPU_BLOCK = 256  # queries
 
 
@@ -62,13 +63,14 @@ def _empty_like_query(query: Tensor, dim: int) -> Tensor:
     return query.new_empty(n_batch, n_heads, length, dim)
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    compute = torch.promote_types(q.dtype, torch.float32)
-    return _empty_like_query(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=compute)
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, for_backward: bool, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, LSE and, for a backward, the LSE as that of the same implementation takes it: two numbers to add up."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return _empty_like_query(q, v.shape[-1]), lse, lse.new_empty((*lse.shape, 2) if for_backward else 0)
 
 
 def _backward_fake(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, base: Tensor, bias_grad: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     bias, _, sinks = options[:3]
@@ -90,17 +92,22 @@ def _without_scores(grads: tuple[Tensor, ...], dlse: Tensor | None) -> Any:
 # -------------------------------------------------------------------------------------------------------------- CPU
 
 
-def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, for_backward: bool, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = _out_and_lse_cpu(q, k, v, *options)
+    return out, lse, torch.stack((lse, torch.zeros_like(lse)), -1) if for_backward else lse.new_empty(0)
+
+
+def _out_and_lse_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     if _is_plain(q, k, v, options):  # which decoding a token is, where microseconds count
         out, lse = _torch_forward(q, k, v, 0.0, False, attn_mask=None, scale=options[8])
         return out, lse if q.shape[2] == 1 else lse.contiguous()
     opts = Options(*options)
-    out, lse = _forward_fake(q, k, v)
+    out, lse, _ = _forward_fake(q, k, v, False)
     if out.numel() == 0:
         return out, lse.fill_(NEG_INF)
     if opts.cu_q is not None:
         for at_q, at_k, one in _sequences(opts):
-            o, l = _forward_cpu(q[:, :, at_q], k[:, :, at_k], v[:, :, at_k], *one)
+            o, l = _out_and_lse_cpu(q[:, :, at_q], k[:, :, at_k], v[:, :, at_k], *one)
             out[:, :, at_q], lse[:, :, at_q] = o, l
         return out, lse
     if not _torch_can(opts) or k.shape[2] == 0:
@@ -114,7 +121,7 @@ def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor
             stop = min(start + CPU_BLOCK, q_len)
             at_q, at_k = slice(start, stop), slice(max(0, start + shift - opts.left), max(0, stop + shift))
             block = vars(opts) | {"max_q": stop - start, "max_k": at_k.stop - at_k.start, "bottom_right": True}
-            o, l = _forward_cpu(q[:, :, at_q], k[:, :, at_k], v[:, :, at_k], *block.values())
+            o, l = _out_and_lse_cpu(q[:, :, at_q], k[:, :, at_k], v[:, :, at_k], *block.values())
             out[:, :, at_q], lse[:, :, at_q] = o, l
         return out, lse
     causal, mask = _torch_mask(q, k, opts)
@@ -145,18 +152,18 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> bool
 
 
 def _backward_cpu(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, base: Tensor, bias_grad: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     opts = Options(*options)
-    grads = _backward_fake(do, dlse, q, k, v, o, lse, bias_grad, *options)
+    grads = _backward_fake(do, dlse, q, k, v, o, base, bias_grad, *options)
     dq, dk, dv, dbias, dsinks = grads
     if opts.cu_q is not None:
         dsinks.zero_()
         for at_q, at_k, one in _sequences(opts):
             of_one = _backward_cpu(
                 do[:, :, at_q], None if dlse is None else dlse[:, :, at_q], q[:, :, at_q], k[:, :, at_k], v[:, :, at_k],
-                o[:, :, at_q], lse[:, :, at_q], bias_grad, *one,
+                o[:, :, at_q], base[:, :, at_q], bias_grad, *one,
             )  # fmt: skip
             for whole, at, part in zip((dq, dk, dv), (at_q, at_k, at_k), of_one, strict=False):
                 whole[:, :, at] = part
@@ -164,6 +171,7 @@ def _backward_cpu(
         return grads
     if q.numel() == 0 or k.shape[2] == 0:
         return _without_scores(grads, dlse)
+    lse = base[..., 0]
     if _torch_can(opts) and dlse is None and not bias_grad:
         causal, mask = _torch_mask(q, k, opts)
         of_torch = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -270,8 +278,8 @@ def tile_column(kernel: str, opts: Options, group: int, target: str) -> int:
         return 2
     if opts.slopes is not None or opts.softcap or opts.dropout_p:
         return 1
-    if kernel == "forward":  # the pointer to the sinks is one scalar too many for the masks of a gfx942's window
-        return int(opts.sinks is not None and target.startswith("gfx"))
+    if kernel == "forward":  # a gfx942 has too few scalar registers for the masks of a window, or of a causal sink
+        return int(target.startswith("gfx") and (opts.sinks is not None or opts.left is not None))
     # the loop over the query heads of a group takes registers beside dk and dv; sm_90 spills without bounds as well
     unbounded = opts.left is None and opts.right is None
     return int(kernel == "dkv" and (group > 1 or (unbounded and target == "sm_90")))
@@ -352,7 +360,7 @@ TILES = {
     },
     "gfx942": {
         ("forward", 64): ((128, 32, 8, 1), (128, 16, 4, 1), (64, 16, 4, 1)),
-        ("forward", 128): ((128, 32, 8, 1), (128, 32, 4, 1), (64, 16, 4, 1)),
+        ("forward", 128): ((128, 32, 8, 1), (128, 16, 8, 1), (64, 16, 4, 1)),
         ("forward", 256): ((64, 32, 4, 1), (64, 16, 4, 1)),
         ("forward", 512): ((64, 16, 8, 1), (64, 16, 8, 1), (32, 16, 4, 1)),
         ("dq", 64): ((64, 32, 4, 1),),
@@ -405,19 +413,20 @@ def _target() -> str:
 def _arguments(q: Tensor, k: Tensor, v: Tensor, opts: Options, target: str) -> dict[str, Any]:
     """What all the kernels take beside their tensors."""
     bias = "" if opts.bias is None else "mask" if opts.bias.dtype == torch.bool else "add"
+    # the maximum of the products is that of the scores only if all that lies between them is a positive factor
+    scaled = opts.softcap != 0 or opts.slopes is not None or bias == "add" or opts.scale <= 0
     return {
         "bias_ptr": opts.bias, "slopes_ptr": opts.slopes, "cu_q_ptr": opts.cu_q, "cu_k_ptr": opts.cu_k,
         "seed_ptr": opts.seed, "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride(),
         "bias_strides": _broadcast_strides(opts.bias),
         "slopes_stride": opts.slopes.shape[-1] if opts.slopes is not None and opts.slopes.ndim == 2 else 0,
-        "n_heads": q.shape[1], "q_total": q.shape[2], "k_total": k.shape[2], "scale": opts.scale,
+        "n_heads": q.shape[1], "q_total": q.shape[2], "k_total": k.shape[2],
+        "scale": opts.scale, "factor": LOG2E if scaled else opts.scale * LOG2E,
         "left": opts.left or 0, "right": opts.right or 0, "softcap": opts.softcap, "dropout_p": opts.dropout_p,
         "HEAD_DIM": q.shape[3], "VALUE_DIM": v.shape[3], "GROUP": q.shape[1] // k.shape[1],
         "PACKED": opts.cu_q is not None, "LEFT": opts.left is not None, "RIGHT": opts.right is not None,
         "BOTTOM_RIGHT": opts.bottom_right, "BIAS": bias, "ALIBI": opts.slopes is not None,
-        "SOFTCAP": opts.softcap != 0, "DROPOUT": opts.dropout_p != 0,
-        # the maximum of the products is that of the scores only if all that lies between them is a positive factor
-        "SCALED": opts.softcap != 0 or opts.slopes is not None or bias == "add" or opts.scale <= 0,
+        "SOFTCAP": opts.softcap != 0, "DROPOUT": opts.dropout_p != 0, "SCALED": scaled,
         "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         "PTX": target.startswith("sm_"),
         "BLOCK_D": _block(q.shape[3]), "BLOCK_E": _block(v.shape[3]),
@@ -479,13 +488,15 @@ def _launch(kernel: Any, grid: tuple[int, int, int], *tensors: Any, **arguments:
         kernel[(tiles, heads, min(MAX_GRID, n_batch - first))](*tensors, FIRST_BATCH=first, **arguments)
 
 
-def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _forward_triton(
+    q: Tensor, k: Tensor, v: Tensor, for_backward: bool, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     from lmops.kernels.attention import attention_forward_kernel
 
     opts = Options(*options)
-    out, lse = _forward_fake(q, k, v)
+    out, lse, base = _forward_fake(q, k, v, for_backward)
     if out.numel() == 0:
-        return out, lse.fill_(NEG_INF)
+        return out, lse.fill_(NEG_INF), base.zero_()  # nothing is computed from base
     target = _target()
     arguments = _arguments(q, k, v, opts, target)
     group, n_batch = arguments["GROUP"], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
@@ -497,15 +508,16 @@ def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Ten
     descriptors = _descriptors(target, tile.block_n, k, v)
     grid = (-(-rows // tile.block_m), q.shape[1] // pack, n_batch)
     _launch(
-        attention_forward_kernel, grid, q, k, v, *(descriptors or (None, None)), out, lse, sinks_ptr=opts.sinks,
-        o_strides=out.stride(), PACK=pack, SINKS=opts.sinks is not None, DESCRIPTOR=descriptors is not None,
+        attention_forward_kernel, grid, q, k, v, *(descriptors or (None, None)), out, lse,
+        base if for_backward else None, sinks_ptr=opts.sinks, o_strides=out.stride(), PACK=pack,
+        SINKS=opts.sinks is not None, BASE=for_backward, DESCRIPTOR=descriptors is not None,
         **arguments, **_of_tile(tile, k, v),
     )  # fmt: skip
-    return out, lse
+    return out, lse, base
 
 
 def _backward_triton(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias_grad: bool,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, base: Tensor, bias_grad: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from lmops.kernels.attention import (
@@ -515,20 +527,20 @@ def _backward_triton(
     )
 
     opts = Options(*options)
-    dq, dk, dv, dbias, dsinks = grads = _backward_fake(do, dlse, q, k, v, o, lse, bias_grad, *options)
+    dq, dk, dv, dbias, dsinks = grads = _backward_fake(do, dlse, q, k, v, o, base, bias_grad, *options)
     if q.numel() == 0 or k.shape[2] == 0:
         return _without_scores(grads, dlse)
     target = _target()
-    arguments = _arguments(q, k, v, opts, target)
+    arguments = _arguments(q, k, v, opts, target) | {"WIDE": q.dtype == torch.float32}
     dim, size = max(arguments["BLOCK_D"], arguments["BLOCK_E"]), q.element_size()
     n_heads, kv_heads, n_batch = q.shape[1], k.shape[1], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
-    stats = lse.new_empty(*lse.shape, 2)
+    stats = base.new_empty(*base.shape[:3], 3 if arguments["WIDE"] else 2)
     group = arguments["GROUP"]
     tile = attention_tile("dq", dim, size, opts.max_q, target, tile_column("dq", opts, group, target))
     descriptors = _descriptors(target, tile.block_n, k, v)
     grid = (-(-opts.max_q // tile.block_m), n_heads, n_batch)
     _launch(
-        attention_backward_dq_kernel, grid, q, k, v, *(descriptors or (None, None)), o, do, dq, lse, dlse, stats,
+        attention_backward_dq_kernel, grid, q, k, v, *(descriptors or (None, None)), o, do, dq, base, dlse, stats,
         o_strides=o.stride(), do_strides=do.stride(), dq_strides=dq.stride(),
         dlse_strides=(0, 0, 0) if dlse is None else dlse.stride(), DLSE=dlse is not None,
         DESCRIPTOR=descriptors is not None, **arguments, **_of_tile(tile, k, v),
@@ -554,18 +566,19 @@ def _backward_triton(
             num_stages=tile.num_stages, **own,
         )  # fmt: skip
     if opts.sinks is not None:  # a score whose value is 0: ds = p (0 - delta)
-        dsinks.copy_(-(torch.exp(opts.sinks.float()[:, None] - lse) * stats[..., 1]).sum((0, 2)))
+        p = torch.exp2(opts.sinks.float()[:, None] * LOG2E - base[..., 0] - base[..., 1])
+        dsinks.copy_(-(p * stats[..., 1]).sum((0, 2)))
     return grads
 
 
 attention_forward = define_op(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, bool for_backward, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
     triton=_forward_triton,
     torch_cpu=_forward_cpu,
     fake=_forward_fake,
 )
 attention_backward = define_op(
-    "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool bias_grad,"
+    "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor base, bool bias_grad,"
     f" {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     triton=_backward_triton,
     torch_cpu=_backward_cpu,
@@ -576,8 +589,8 @@ attention_backward = define_op(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, slopes, sinks, cu_q, cu_k, seed, *numbers):
-        out, lse = attention_forward(q, k, v, bias, slopes, sinks, cu_q, cu_k, seed, *numbers)
-        ctx.save_for_backward(q, k, v, out, lse, bias, slopes, sinks, cu_q, cu_k, seed)
+        out, lse, base = attention_forward(q, k, v, True, bias, slopes, sinks, cu_q, cu_k, seed, *numbers)
+        ctx.save_for_backward(q, k, v, out, base, bias, slopes, sinks, cu_q, cu_k, seed)
         ctx.numbers = numbers
         ctx.set_materialize_grads(False)
         return out, lse
@@ -585,11 +598,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dlse):
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        q, k, v, out, base, *tensors = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(out)
         bias_grad = ctx.needs_input_grad[3]
-        grads = attention_backward(do, dlse, q, k, v, out, lse, bias_grad, *tensors, *ctx.numbers)
+        grads = attention_backward(do, dlse, q, k, v, out, base, bias_grad, *tensors, *ctx.numbers)
         dq, dk, dv, dbias, dsinks = grads
         wanted = [dq, dk, dv, dbias, None, dsinks, None, None, None, *[None] * len(ctx.numbers)]
         return tuple(g if need else None for g, need in zip(wanted, ctx.needs_input_grad, strict=True))
@@ -678,19 +691,19 @@ def attention(
     else:
         left, right = _binding(left, right, max_k - max_q if bottom_right else 0, max_q, max_k)
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p else None
-    arguments = (
-        query, key, value, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seed,
+    options = (
+        bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seed,
         max_q, max_k, scale, left, right, bottom_right, float(softcap or 0), float(dropout_p),
     )  # fmt: skip
     inputs = (query, key, value, bias, sinks)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
-        return attention_forward(*arguments)
+        return attention_forward(query, key, value, False, *options)[:2]
     if max(query.shape[3], value.shape[3]) > 256 and query.device.type != "cpu":
         raise NotImplementedError(
             f"head_dim must be at most 256 where gradients are computed, got {query.shape[3]} and {value.shape[3]};"
             " use torch.no_grad() for inference"
         )
-    return _Attention.apply(*_distinct(arguments))
+    return _Attention.apply(*_distinct((query, key, value, *options)))
 
 
 def _distinct(arguments: Sequence[Any]) -> list[Any]:
