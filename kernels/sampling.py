@@ -366,7 +366,10 @@ def draw_filtered(
     BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, LOGPROBS: tl.constexpr, FITS: tl.constexpr,
     BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """As `draw_unfiltered`, from the tokens that the filters keep; the largest key is inf or -inf for a bad row."""
+    """As `draw_unfiltered`, from the tokens that the filters keep, with a 0 for the key of a row that has a token.
+
+    And what `keeps` takes: key, last, peak and least.
+    """
     lanes = tl.arange(0, BLOCK)
     slot = tl.full((BLOCK,), -LARGEST, tl.float32)
     l = tl.zeros((BLOCK,), tl.float32)
@@ -402,32 +405,60 @@ def draw_filtered(
         # tokens lighter than this together weigh less than the 1 - top_p that may be left out
         bound = tl.maximum(bound, tl.log2((1 - top_p) * z / n_cols * 0.9999))
     count = cut * 0
-    mass = tl.zeros((BLOCK,), tl.int64)
     if FITS:
-        mass += weigh((x - peak) * scale)
+        total = tl.sum(weigh((x - peak) * scale), 0)
         count = select(x, 0, lanes, count, peak, scale, cut, bound, list_ptrs, CAP)
     else:
+        mass = tl.zeros((BLOCK,), tl.int64)
         for start in range(0, n_cols, BLOCK):
             _, x = load_tile(row_ptrs, col_strides, penalties, start, lanes, n_cols, BIAS, ALLOWED, COUNTS)
             if use_p & (use_k == 0):
                 mass += weigh((x - peak) * scale)
             count = select(x, start, lanes, count, peak, scale, cut, bound, list_ptrs, CAP)
-    total = tl.sum(mass, 0)
+        total = tl.sum(mass, 0)
     tl.debug_barrier()
-    token = cut * 0
-    if (z == z) & (z > 0):
-        if count <= CAP:
-            token, _, _ = choose(
-                list_ptrs, row_ptrs, col_strides, penalties, count, cut, peak, scale, inverse,
-                use_k, use_p, top_k, top_p, least, total, seed, offset, True, BIAS, ALLOWED, COUNTS, LIST_BLOCK,
-            )  # fmt: skip
-        else:
-            token, _, _ = choose(
-                list_ptrs, row_ptrs, col_strides, penalties, n_cols, cut, peak, scale, inverse,
-                use_k, use_p, top_k, top_p, least, total, seed, offset, False, BIAS, ALLOWED, COUNTS, LIST_BLOCK,
-            )  # fmt: skip
     valid = (z == z) & (z > 0)
-    return tl.where(valid, 0.0, float("-inf")), token, raw_m, raw_l
+    if valid == 0:
+        count = cut * 0
+    if FITS or count <= CAP:
+        token, key, last = choose(
+            list_ptrs, row_ptrs, col_strides, penalties, count, cut, peak, scale, inverse,
+            use_k, use_p, top_k, top_p, least, total, seed, offset, True, BIAS, ALLOWED, COUNTS, LIST_BLOCK,
+        )  # fmt: skip
+    else:
+        token, key, last = choose(
+            list_ptrs, row_ptrs, col_strides, penalties, n_cols, cut, peak, scale, inverse,
+            use_k, use_p, top_k, top_p, least, total, seed, offset, False, BIAS, ALLOWED, COUNTS, LIST_BLOCK,
+        )  # fmt: skip
+    return tl.where(valid, 0.0, float("-inf")), token, raw_m, raw_l, key, last, peak, least
+
+
+@triton.jit
+def keeps(x, ids, key, last, peak, scale, least):
+    """Which tokens belong to the prefix that ends with the token `last`, of this key, and are not below min-p."""
+    keys = order_key(x)
+    above = (keys > key) | ((keys == key) & (ids <= last))
+    return above & ((x - peak) * scale >= least) & (x > float("-inf"))
+
+
+@triton.jit
+def row_temperature(value, row, stride):
+    """Whether the row's temperature t is allowed, and greedy; 1 / t and log2(e) / t (of 1 where it is greedy)."""
+    temperature = parameter(value, row, stride).to(tl.float32)
+    good = (temperature >= 0) & (temperature < float("inf"))
+    greedy = (temperature < GREEDY_BELOW) | (good == 0)
+    divisor = tl.where(greedy, 1.0, temperature)
+    return good, greedy, tl.div_rn(1.0, divisor), tl.div_rn(LOG2E, divisor)
+
+
+@triton.jit
+def row_filters(parameters, row, strides, n_cols):
+    """top_k (0: none), top_p and min_p of the row, each brought into its range."""
+    k = parameter(parameters[1], row, strides[1])  # compared as it is, so that no conversion overflows
+    p = parameter(parameters[2], row, strides[2]).to(tl.float32)
+    min_p = parameter(parameters[3], row, strides[3]).to(tl.float32)
+    top_p = tl.where(p < 1, tl.where(p > 0, p, 1e-30), 1.0)
+    return tl.where((k > 0) & (k < n_cols), k, 0).to(tl.int32), top_p, tl.where(min_p > 1, 1.0, min_p)
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -453,7 +484,7 @@ def sample_kernel(
         logits_ptr + r * row_strides[0], bias_ptr + r * row_strides[1], allowed_ptr + r * row_strides[2],
         counts_ptr + r * row_strides[3],
     )  # fmt: skip
-    temperature = parameter(parameters[0], row, parameter_strides[0]).to(tl.float32)
+    good, greedy, inverse, scale = row_temperature(parameters[0], row, parameter_strides[0])
     penalties = (
         parameter(parameters[4], row, parameter_strides[4]).to(tl.float32),
         parameter(parameters[5], row, parameter_strides[5]).to(tl.float32),
@@ -461,22 +492,12 @@ def sample_kernel(
     )
     seed = parameter(seed, row, parameter_strides[7]).to(tl.int64)
     offset = parameter(offset, row, parameter_strides[8]).to(tl.int64)
-    good = (temperature >= 0) & (temperature < float("inf"))
-    greedy = (temperature < GREEDY_BELOW) | (good == 0)
-    divisor = tl.where(greedy, 1.0, temperature)
-    inverse = tl.div_rn(1.0, divisor)
     if FILTERS:
-        # compared as they are, so that no conversion overflows
-        k = parameter(parameters[1], row, parameter_strides[1])
-        top_k = tl.where((k > 0) & (k < n_cols), k, 0).to(tl.int32)
-        top_p = parameter(parameters[2], row, parameter_strides[2]).to(tl.float32)
-        top_p = tl.where(top_p < 1, tl.where(top_p > 0, top_p, 1e-30), 1.0)
-        min_p = parameter(parameters[3], row, parameter_strides[3]).to(tl.float32)
-        min_p = tl.where(min_p > 1, 1.0, min_p)
+        top_k, top_p, min_p = row_filters(parameters, row, parameter_strides, n_cols)
         if (greedy == 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
             list_ptrs = (values_ptr + r * CAP, ids_ptr + r * CAP)
-            peak, token, m, l = draw_filtered(
-                list_ptrs, row_ptrs, col_strides, penalties, n_cols, tl.div_rn(LOG2E, divisor), inverse,
+            peak, token, m, l, _, _, _, _ = draw_filtered(
+                list_ptrs, row_ptrs, col_strides, penalties, n_cols, scale, inverse,
                 top_k, top_p, min_p, seed, offset,
                 BIAS, ALLOWED, COUNTS, LOGPROBS, FITS, BLOCK, LIST_BLOCK, CAP,
             )  # fmt: skip
@@ -500,3 +521,169 @@ def sample_kernel(
         tl.store(lse_ptr + row, lse)
         chosen = tl.load(row_ptrs[0] + token.to(tl.int64) * col_strides[0]).to(tl.float32)
         tl.store(logprobs_ptr + row, chosen - lse)
+
+
+@triton.jit
+def filter_kernel(
+    logits_ptr, out_ptr, values_ptr, ids_ptr, parameters, n_cols, row_strides, col_strides, parameter_strides,
+    FITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """out = logits with -inf in place of what top-k, top-p and min-p do not keep; a bad row is -inf throughout.
+
+    parameters: temperature, top_k, top_p, min_p; these, values, ids and FITS as in `sample_kernel`.
+    """
+    row = tl.program_id(0)
+    r = row.to(tl.int64)
+    ptr = logits_ptr + r * row_strides[0]
+    row_ptrs, strides, penalties = (ptr, ptr, ptr, ptr), (col_strides[0], 0, 0, 0), (1.0, 0.0, 0.0)
+    good, greedy, inverse, scale = row_temperature(parameters[0], row, parameter_strides[0])
+    top_k, top_p, min_p = row_filters(parameters, row, parameter_strides, n_cols)
+    list_ptrs = (values_ptr + r * CAP, ids_ptr + r * CAP)
+    none = r * 0
+    state, _, _, _, key, last, peak, least = draw_filtered(
+        list_ptrs, row_ptrs, strides, penalties, n_cols, scale, inverse,
+        tl.where(greedy, 1, top_k), tl.where(greedy, 1.0, top_p), tl.where(greedy, 0.0, min_p), none, none,
+        False, False, False, False, FITS, BLOCK, LIST_BLOCK, CAP,
+    )  # fmt: skip
+    least = tl.where(good & (state == 0), least, float("inf"))  # what a bad row keeps is nothing
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, n_cols, BLOCK):
+        raw, x = load_tile(row_ptrs, strides, penalties, start, lanes, n_cols, False, False, False)
+        keep = keeps(x, start + lanes, key, last, peak, scale, least)
+        out = tl.where(keep, raw, float("-inf")).to(out_ptr.dtype.element_ty)
+        tl.store(tile_of(out_ptr + r * row_strides[1], start, lanes, col_strides[1]), out, mask=start + lanes < n_cols)
+
+
+@triton.jit
+def draft_weights(ptr, stride, n_cols, scale, BLOCK: tl.constexpr):
+    """Of a row of logits: its largest x (NaN if it has one), the first token that has it, and 2^40 / its whole mass."""
+    lanes = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    at = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, n_cols, BLOCK):
+        _, x = load_tile((ptr, ptr, ptr, ptr), (stride, 0, 0, 0), (1, 0, 0), start, lanes, n_cols, False, False, False)
+        best, at = take_best(tl.where(x != x, float("inf"), x), start, best, at)
+    peak, token = first_of_best(best, at + lanes)
+    total = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, n_cols, BLOCK):
+        _, x = load_tile((ptr, ptr, ptr, ptr), (stride, 0, 0, 0), (1, 0, 0), start, lanes, n_cols, False, False, False)
+        total += tl.where(x > float("-inf"), weigh((x - peak) * scale), 0)
+    return peak, token, tl.div_rn(1099511627776.0, tl.sum(total, 0).to(tl.float32))
+
+
+@triton.jit
+def probability(x, peak, share, scale):
+    return tl.where(x > float("-inf"), exp2((x - peak) * scale) * share, 0.0)
+
+
+@triton.jit(do_not_specialize=("seed", "offset"))
+def accept_kernel(
+    target_ptr, draft_ptr, draft_tokens_ptr, accepted_ptr, sums_ptr, temperature, seed, offset, n_drafts, n_cols,
+    target_strides, draft_strides, token_strides, parameter_strides,
+    DRAFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Whether draft token d at position i of a row is accepted: u q(d) < p(d), with p = softmax(target / temperature).
+
+    q is the same of the draft's logits (DRAFT), or 1. Temperature 0: whether d is the target's first maximum.
+    target (B, n_drafts + 1, V), draft (B, n_drafts, V), draft_tokens and accepted (B, n_drafts).
+    sums (B, n_drafts, 4): peak and 1 / mass of p and q, for `redraw_kernel`.
+    """
+    row, i = tl.program_id(0) // n_drafts, tl.program_id(0) % n_drafts
+    r, j = row.to(tl.int64), i.to(tl.int64)
+    good, greedy, _, scale = row_temperature(temperature, row, parameter_strides[0])
+    seed = parameter(seed, row, parameter_strides[1]).to(tl.int64)
+    offset = parameter(offset, row, parameter_strides[2]).to(tl.int64) + j
+    ptr = target_ptr + r * target_strides[0] + j * target_strides[1]
+    peak, first, share = draft_weights(ptr, target_strides[2], n_cols, scale, BLOCK)
+    token = tl.load(draft_tokens_ptr + r * token_strides[0] + j * token_strides[1]).to(tl.int64)
+    known = (token >= 0) & (token < n_cols) & good & (peak > float("-inf")) & (peak < float("inf"))
+    x = tl.load(ptr + token * target_strides[2], mask=known, other=float("-inf")).to(tl.float32)
+    p = probability(tl.where(x > LARGEST, LARGEST, x), peak, share, scale)
+    q = p * 0 + 1
+    sums = sums_ptr + tl.program_id(0) * 4
+    tl.store(sums, peak)
+    tl.store(sums + 1, share)
+    if DRAFT:
+        ptr = draft_ptr + r * draft_strides[0] + j * draft_strides[1]
+        peak, _, share = draft_weights(ptr, draft_strides[2], n_cols, scale, BLOCK)
+        x = tl.load(ptr + token * draft_strides[2], mask=known, other=float("-inf")).to(tl.float32)
+        q = probability(tl.where(x > LARGEST, LARGEST, x), peak, share, scale)
+        tl.store(sums + 2, peak)
+        tl.store(sums + 3, share)
+    word, _, _, _ = words(tl.program_id(0) * 0, seed, offset, 1)
+    u = (word >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    accepted = known & tl.where(greedy, token == first, u * q < p)
+    tl.store(accepted_ptr + tl.program_id(0), accepted.to(tl.uint8))
+
+
+@triton.jit(do_not_specialize=("seed", "offset"))
+def redraw_kernel(
+    target_ptr, draft_ptr, draft_tokens_ptr, accepted_ptr, sums_ptr, lens_ptr, tokens_ptr, counts_ptr, valid_ptr,
+    temperature, seed, offset, n_drafts, n_cols, target_strides, draft_strides, token_strides, parameter_strides,
+    DRAFT: tl.constexpr, LENS: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """The accepted drafts of a row, then a token from normalise(max(p - q, 0)), or from p where all were accepted.
+
+    Without the draft's logits q is 1 at the draft's token, so it is p without that token. lens (B,), with LENS: how
+    many drafts the row has. tokens (B, n_drafts + 1), -1 behind the last; counts, valid (B,); POSITIONS > n_drafts.
+    """
+    row = tl.program_id(0)
+    r = row.to(tl.int64)
+    good, greedy, inverse, scale = row_temperature(temperature, row, parameter_strides[0])
+    length = row * 0 + n_drafts
+    if LENS:
+        given = tl.load(lens_ptr + r * parameter_strides[3])
+        length = tl.minimum(tl.maximum(given, 0), n_drafts).to(tl.int32)
+    positions = tl.arange(0, POSITIONS)
+    drafted = positions < length
+    accepted = tl.load(accepted_ptr + r * n_drafts + positions, mask=drafted, other=0)
+    n = tl.min(tl.where(accepted == 0, positions, POSITIONS), 0)
+    rejected = (n < length) & (greedy == 0)
+    seed = parameter(seed, row, parameter_strides[1]).to(tl.int64)
+    offset = parameter(offset, row, parameter_strides[2]).to(tl.int64) + n
+    token_ptrs = draft_tokens_ptr + r * token_strides[0] + positions.to(tl.int64) * token_strides[1]
+    drafts = tl.load(token_ptrs, mask=drafted, other=-1).to(tl.int64)
+    refused = tl.max(tl.where((positions == n) & rejected, drafts, -1), 0)
+    sums = sums_ptr + (row * n_drafts + n) * 4
+    peak = tl.load(sums, mask=rejected, other=0.0)
+    share = tl.load(sums + 1, mask=rejected, other=0.0)
+    q_peak = tl.load(sums + 2, mask=rejected & DRAFT, other=0.0)
+    q_share = tl.load(sums + 3, mask=rejected & DRAFT, other=0.0)
+
+    lanes = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    at = tl.zeros((BLOCK,), tl.int32)
+    p_ptr = target_ptr + r * target_strides[0] + n.to(tl.int64) * target_strides[1]
+    q_ptr = draft_ptr + r * draft_strides[0] + n.to(tl.int64) * draft_strides[1]
+    for start in range(0, n_cols, BLOCK):
+        ids = start + lanes
+        _, x = load_tile(
+            (p_ptr, p_ptr, p_ptr, p_ptr), (target_strides[2], 0, 0, 0), (1, 0, 0), start, lanes, n_cols,
+            False, False, False,
+        )  # fmt: skip
+        key = x
+        if greedy == 0:
+            noise = noise_of_tile(start, seed, offset, 2, BLOCK)
+            key = noisy(x, noise, inverse)
+            if DRAFT:
+                if rejected:
+                    _, y = load_tile(
+                        (q_ptr, q_ptr, q_ptr, q_ptr), (draft_strides[2], 0, 0, 0), (1, 0, 0), start, lanes, n_cols,
+                        False, False, False,
+                    )  # fmt: skip
+                    left = probability(x, peak, share, scale) - probability(y, q_peak, q_share, scale)
+                    some = left > 1e-37
+                    key = tl.where(some, ln(tl.where(some, left, 1.0)) + noise, float("-inf"))
+            else:
+                key = tl.where(ids == refused, float("-inf"), key)
+        best, at = take_best(tl.where(x != x, float("inf"), key), start, best, at)
+    peak, token = first_of_best(best, at + lanes)
+    # nothing is left by rounding alone, where p = q: the draft's token is as good
+    same = rejected & (peak == float("-inf")) & (refused >= 0) & (refused < n_cols) & (q_peak < float("inf"))
+    token = tl.where(same, refused, token.to(tl.int64))
+    valid = good & (same | ((peak > float("-inf")) & (peak < float("inf"))))
+    token = tl.where(valid, token, 0)
+    out = tl.where(positions < n, drafts, tl.where(positions == n, token, -1))
+    tl.store(tokens_ptr + r * (n_drafts + 1) + positions, out, mask=positions <= n_drafts)
+    tl.store(counts_ptr + row, n.to(tl.int64))
+    tl.store(valid_ptr + row, valid.to(tl.uint8))

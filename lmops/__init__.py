@@ -4,7 +4,7 @@ from lmops.engine import generate
 from lmops.models import GPT, GPTConfig, load
 from lmops.ops.attention import scaled_dot_product_attention
 from lmops.ops.loss import cross_entropy, kl_div, linear_cross_entropy, linear_kl_div
-from lmops.ops.sampling import sample
+from lmops.ops.sampling import filter_logits, sample, verify_draft
 from lmops.ops.softmax import log_softmax, softmax
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "GPTConfig",
     "__version__",
     "cross_entropy",
+    "filter_logits",
     "generate",
     "kl_div",
     "linear_cross_entropy",
@@ -22,4 +23,5 @@ __all__ = [
     "sample",
     "scaled_dot_product_attention",
     "softmax",
+    "verify_draft",
 ]

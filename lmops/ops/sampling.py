@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from lmops.ops._register import define_op, warp_size
+from lmops.reference.philox import WORD, philox
 from lmops.reference.sampling import (
     GREEDY_BELOW,
     LARGEST,
     LOG2E,
     NEG_INF,
     adjust,
+    exp2,
     ln,
     noise,
     noise_of_all,
@@ -54,7 +56,7 @@ class Tile:
 
 def sampling_tile(n_cols: int, filters: bool) -> Tile:
     """The tile for rows of n_cols columns. Chosen with `python -m benchmarks.compile_report`: nothing spills."""
-    cols = min(8_192, max(16, 1 << (n_cols - 1).bit_length()))
+    cols = min(4_096 if filters and n_cols > 8_192 else 8_192, max(16, 1 << (n_cols - 1).bit_length()))
     threads = max(32, min(512, cols // 8))
     return Tile(cols, n_cols <= cols, min(cols, 2_048), min(16_384, 1 << (n_cols - 1).bit_length()), threads)
 
@@ -147,14 +149,12 @@ PARAMETERS = (
 Parameters = Sequence["Tensor | None"]
 
 
-def _columns(per_row: Parameters, numbers: Sequence[float], seed: int, offset: int, n_rows: int) -> list[Tensor]:
-    """All parameters as (B, 1): float32, seed and offset int64."""
-    columns: list[Tensor] = []
-    for tensor, number in zip(per_row, [*numbers, seed, offset], strict=True):
-        dtype = torch.float32 if len(columns) < len(numbers) else torch.int64
-        value = torch.tensor(number, dtype=dtype) if tensor is None else tensor.to(dtype)
-        columns.append(value.expand(n_rows)[:, None])
-    return columns
+def _columns(
+    per_row: Parameters, numbers: Sequence[float], n_rows: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Parameters as (B, 1)."""
+    values = (torch.tensor(n, dtype=dtype) if t is None else t.to(dtype) for t, n in zip(per_row, numbers, strict=True))
+    return [value.expand(n_rows)[:, None] for value in values]
 
 
 def _sample_cpu(
@@ -165,12 +165,13 @@ def _sample_cpu(
     outputs = _sample_fake(logits, per_row, numbers, seed, offset, token_counts, logit_bias, allowed_mask, n_logprobs)
     tokens, valid, logprobs, top_tokens, top_logprobs = outputs
     n_rows, n_cols = logits.shape
+    columns = _columns(per_row[:-2], numbers, n_rows)
+    columns += _columns(per_row[-2:], (seed, offset), n_rows, torch.int64)
     step = max(1, ROWS_AT_ONCE // n_cols)
     for first in range(0, n_rows, step):
         rows = slice(first, first + step)
         part = logits[rows]
-        columns = [c[rows] for c in _columns(per_row, numbers, seed, offset, n_rows)]
-        temperature, top_k, top_p, min_p, repetition, presence, frequency, seeds, offsets = columns
+        temperature, top_k, top_p, min_p, repetition, presence, frequency, seeds, offsets = (c[rows] for c in columns)
         x = adjust(
             part,
             logit_bias=logit_bias if logit_bias is None or logit_bias.ndim == 1 else logit_bias[rows],
@@ -222,16 +223,12 @@ def _sample_triton(
     allowed = None if allowed_mask is None else allowed_mask.view(torch.uint8)
     # the logits take the place of what is not there, and are not looked at
     full = [logits, *(logits if t is None else t.expand_as(logits) for t in (logit_bias, allowed, token_counts))]
-    # what may be kept by the filters, where it is no more than this
-    values, ids = (
-        logits.new_empty((n_rows, tile.cap) if filters else 0, dtype=dtype) for dtype in (torch.float32, torch.int32)
-    )
     lse = torch.empty_like(logprobs)
     *parameters, seeds, offsets = (
         number if tensor is None else tensor for tensor, number in zip(per_row, [*numbers, seed, offset], strict=True)
     )
     sample_kernel[(n_rows,)](
-        *full, tokens, valid.view(torch.uint8), logprobs, lse, values, ids,
+        *full, tokens, valid.view(torch.uint8), logprobs, lse, *_list_like(logits, tile, filters),
         tuple(parameters), seeds, offsets, n_cols,
         tuple(t.stride(0) for t in full),
         tuple(t.stride(1) for t in full),
@@ -245,6 +242,169 @@ def _sample_triton(
         top, ids = logits.topk(n_logprobs)
         top_tokens.copy_(ids)
         torch.sub(top.to(torch.float32), lse[:, None], out=top_logprobs)
+    return outputs
+
+
+def _list_like(logits: Tensor, tile: Tile, filters: bool) -> tuple[Tensor, Tensor]:
+    """Where the kernels write what may be kept: values and ids, (B, tile.cap)."""
+    shape = (logits.shape[0], tile.cap) if filters else (0,)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
+def _filter_cpu(logits: Tensor, per_row: Parameters, numbers: Sequence[float]) -> Tensor:
+    _check_values(per_row)
+    out = torch.empty_like(logits)
+    n_rows, n_cols = logits.shape
+    columns = _columns(per_row, numbers, n_rows)
+    step = max(1, ROWS_AT_ONCE // n_cols)
+    for first in range(0, n_rows, step):
+        rows = slice(first, first + step)
+        part = logits[rows]
+        temperature, top_k, top_p, min_p = (c[rows] for c in columns)
+        x = adjust(part)
+        ok = x.amax(-1, keepdim=True) > NEG_INF
+        greedy = temperature < GREEDY_BELOW
+        temperature, min_p = temperature.masked_fill(greedy, 1), min_p.masked_fill(greedy, 0)
+        top_k, top_p = top_k.masked_fill(greedy, 1), top_p.masked_fill(greedy, 1)
+        ids, keep = _prefix(x.masked_fill(~ok, 0), temperature, top_k, top_p, min_p)
+        every = torch.zeros_like(x, dtype=torch.bool).scatter_(-1, ids, keep & ok)
+        out[rows] = part.masked_fill(~every, NEG_INF)
+    return out
+
+
+def _filter_fake(logits: Tensor, per_row: Parameters, numbers: Sequence[float]) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _filter_triton(logits: Tensor, per_row: Parameters, numbers: Sequence[float]) -> Tensor:
+    from lmops.kernels.sampling import filter_kernel
+
+    out = torch.empty_like(logits)
+    n_rows, n_cols = logits.shape
+    if n_rows == 0:
+        return out
+    tile = sampling_tile(n_cols, filters=True)
+    filter_kernel[(n_rows,)](
+        logits, out, *_list_like(logits, tile, True),
+        tuple(number if tensor is None else tensor for tensor, number in zip(per_row, numbers, strict=True)),
+        n_cols, (logits.stride(0), out.stride(0)), (logits.stride(1), out.stride(1)),
+        tuple(0 if t is None else t.stride(0) for t in per_row),
+        FITS=tile.fits, BLOCK=tile.cols, LIST_BLOCK=tile.list_cols, CAP=tile.cap,
+        num_warps=max(1, tile.threads // warp_size()), enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def _verify_cpu(
+    target: Tensor, draft_tokens: Tensor, draft: Tensor | None, per_row: Parameters, temperature: float, seed: int,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_values(per_row[:1])
+    n_rows, n_drafts = draft_tokens.shape
+    n_cols = target.shape[-1]
+    (t,) = _columns(per_row[:1], [temperature], n_rows)
+    seeds, offsets = _columns(per_row[1:3], (seed, offset), n_rows, torch.int64)
+    length = torch.full((n_rows,), n_drafts) if per_row[3] is None else per_row[3].clamp(0, n_drafts).to(torch.int64)
+    greedy = t < GREEDY_BELOW
+    t = t.masked_fill(greedy, 1)
+    x = adjust(target)
+    p = _shares(x[:, :-1], t[..., None])
+    first = x[:, :-1].argmax(-1)
+    known = (draft_tokens >= 0) & (draft_tokens < n_cols) & ~p[..., 0].isnan()
+    d = draft_tokens.masked_fill(~known, 0).to(torch.int64)
+    p_d = p.gather(-1, d[..., None])[..., 0]
+    q = None if draft is None else _shares(adjust(draft), t[..., None])
+    q_d = torch.ones_like(p_d) if q is None else q.gather(-1, d[..., None])[..., 0]
+    at = offsets + torch.arange(n_drafts)
+    zero = torch.zeros((1, 1), dtype=torch.int64)
+    word = philox(seeds, [zero, at & WORD, at >> 32 & WORD, zero + ACCEPT])[0]
+    accepted = known & torch.where(greedy, d == first, (word >> 8).to(torch.float32) * 2.0**-24 * q_d < p_d)
+    accepted &= torch.arange(n_drafts) < length[:, None]
+    n = accepted.to(torch.int64).cumprod(-1).sum(-1)
+
+    every_row = torch.arange(n_rows)
+    x = x[every_row, n]
+    noise = noise_of_all(n_cols, seeds, offsets + n[:, None], REDRAW)
+    key = torch.where(greedy, x, _z(x, t) + noise)
+    rejected = (n < length)[:, None] & ~greedy
+    same = torch.zeros(n_rows, dtype=torch.bool)
+    refused = torch.zeros(n_rows, dtype=torch.int64)
+    if n_drafts:
+        i = n.clamp(max=n_drafts - 1)
+        refused = torch.where(known[every_row, i], d[every_row, i], n_cols)
+        if q is None:
+            key = key.masked_fill(rejected & (torch.arange(n_cols) == refused[:, None]), NEG_INF)
+        else:
+            left = p[every_row, i] - q[every_row, i]
+            key = torch.where(
+                rejected,
+                torch.where(left > 1e-37, ln(left.clamp(min=1e-37)) + noise, NEG_INF).masked_fill(x.isnan(), math.nan),
+                key,
+            )
+            same = ~q[every_row, i, 0].isnan()
+        same = rejected[:, 0] & (key.amax(-1) == NEG_INF) & (refused < n_cols) & (same if q is not None else True)
+    valid = same | (key.amax(-1) > NEG_INF)
+    token = torch.where(same, refused, key.argmax(-1)).masked_fill(~valid, 0)
+    position = torch.arange(n_drafts + 1)
+    padded = torch.cat([draft_tokens.to(torch.int64), draft_tokens.new_full((n_rows, 1), -1, dtype=torch.int64)], -1)
+    behind = torch.where(position == n[:, None], token[:, None], -1)
+    return torch.where(position < n[:, None], padded, behind), n, valid
+
+
+def _shares(x: Tensor, temperature: Tensor) -> Tensor:
+    """softmax(x / temperature) in the arithmetic that decides; NaN for a row with NaN."""
+    peak = x.amax(-1, keepdim=True)
+    y = (x - peak) * torch.div(torch.tensor(LOG2E), temperature)
+    some = x > NEG_INF
+    total = weights(y).masked_fill_(~some, 0).sum(-1, keepdim=True).to(torch.float32)
+    shares = (exp2(y) * torch.div(torch.tensor(2.0**40), total)).masked_fill_(~some, 0)
+    return shares.masked_fill_(peak.isnan(), math.nan)
+
+
+def _verify_fake(
+    target: Tensor, draft_tokens: Tensor, draft: Tensor | None, per_row: Parameters, temperature: float, seed: int,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    n_rows = target.shape[0]
+    return (
+        target.new_empty(target.shape[:2], dtype=torch.int64),
+        target.new_empty(n_rows, dtype=torch.int64),
+        target.new_empty(n_rows, dtype=torch.bool),
+    )
+
+
+def _verify_triton(
+    target: Tensor, draft_tokens: Tensor, draft: Tensor | None, per_row: Parameters, temperature: float, seed: int,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from lmops.kernels.sampling import accept_kernel, redraw_kernel
+
+    tokens, counts, valid = outputs = _verify_fake(target, draft_tokens, draft, per_row, temperature, seed, offset)
+    n_rows, n_drafts = draft_tokens.shape
+    if n_rows == 0:
+        return outputs
+    accepted = target.new_empty((n_rows, n_drafts), dtype=torch.uint8)
+    sums = target.new_empty((n_rows, n_drafts, 4), dtype=torch.float32)
+    tile = sampling_tile(target.shape[-1], filters=False)
+    values = [v if t is None else t for t, v in zip(per_row, (temperature, seed, offset), strict=False)]
+    q = target if draft is None else draft
+    shapes = (n_drafts, target.shape[-1], target.stride(), q.stride(), draft_tokens.stride())
+    strides = tuple(0 if t is None else t.stride(0) for t in per_row)
+    options = {
+        "DRAFT": draft is not None,
+        "BLOCK": tile.cols,
+        "num_warps": max(1, tile.threads // warp_size()),
+        "enable_fp_fusion": False,
+    }
+    if n_drafts:
+        accept_kernel[(n_rows * n_drafts,)](
+            target, q, draft_tokens, accepted, sums, *values, *shapes, strides, **options
+        )
+    redraw_kernel[(n_rows,)](
+        target, q, draft_tokens, accepted, sums, counts if per_row[3] is None else per_row[3],
+        tokens, counts, valid.view(torch.uint8), *values, *shapes, strides,
+        LENS=per_row[3] is not None, POSITIONS=1 << n_drafts.bit_length(), **options,
+    )  # fmt: skip
     return outputs
 
 
@@ -272,6 +432,21 @@ sample_op = define_op(
     triton=_sample_triton,
     torch_cpu=_sample_cpu,
     fake=_sample_fake,
+)
+
+
+filter_op = define_op(
+    "filter_logits(Tensor logits, Tensor?[] per_row, float[] numbers) -> Tensor",
+    triton=_filter_triton,
+    torch_cpu=_filter_cpu,
+    fake=_filter_fake,
+)
+verify_op = define_op(
+    "verify_draft(Tensor target, Tensor draft_tokens, Tensor? draft, Tensor?[] per_row, float temperature, SymInt seed,"
+    " SymInt offset) -> (Tensor, Tensor, Tensor)",
+    triton=_verify_triton,
+    torch_cpu=_verify_cpu,
+    fake=_verify_fake,
 )
 
 
@@ -344,6 +519,103 @@ def sample(
     found = sample_op(batch.detach(), per_row, numbers, seed, offset, counts, logit_bias, allowed_mask, return_logprobs)
     tokens, valid, *logprobs = (t[0] if logits.ndim == 1 and t.shape[0] else t for t in found)
     return Sample(tokens, valid, *(logprobs if return_logprobs else (None, None, None)))
+
+
+def filter_logits(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+) -> Tensor:
+    """Logits (B, V) or (V,) with -inf in place of the tokens that `sample` would never draw, otherwise as they are.
+
+    Arguments, the exact set, its ties and errors are those of `lmops.sample`. Temperature 0 keeps the first maximum.
+    The temperature decides what top_p and min_p keep; the logits are not divided by it. A row with NaN is -inf
+    throughout.
+    """
+    batch = _matrix("logits", logits)
+    values = dict(zip(PARAMETERS[:4], (temperature, top_k, top_p, min_p), strict=True))
+    return filter_op(batch.detach(), *_parameters(values, batch)).view_as(logits)
+
+
+class Verified(NamedTuple):
+    """What `verify_draft` returns."""
+
+    tokens: Tensor
+    counts: Tensor
+    valid: Tensor
+
+
+def verify_draft(
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    draft_logits: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seed: int | Tensor,
+    offset: int | Tensor = 0,
+    draft_lens: Tensor | None = None,
+) -> Verified:
+    """Speculative sampling: keep the drafted tokens that the target model agrees with, and draw one more.
+
+    Draft i is accepted with probability min(1, p_i(d) / q_i(d)); at the first that is not, the token is drawn from
+    normalise(max(p_i - q_i, 0)), and after the last from p_K. So all tokens are distributed as the target model's own
+    (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318). At temperature 0 drafts are accepted while they
+    are the first maximum of the target's logits, and that maximum follows.
+
+    target_logits: (B, K + 1, V), K at least 0, of the model after the last accepted token and after each draft, of the
+        dtypes of `lmops.sample`. p = softmax(target_logits / temperature) over what the filters keep, as there.
+    draft_tokens: (B, K) int32 or int64. One outside the vocabulary is not accepted.
+    draft_logits: (B, K, V), what the drafts were drawn from: q = softmax(draft_logits / temperature). The filters are
+        not applied to them: where the drafts were filtered, pass `filter_logits` of the logits. None: the drafts were
+        chosen without chance, q = 1 at the draft.
+    temperature, top_k, top_p, min_p, seed, offset: numbers or one a row, as in `lmops.sample`. Position i of a row
+        takes random numbers of the seed and offset + i, from streams of their own, independent of `sample`'s.
+    draft_lens: (B,) int32 or int64, how many of its K drafts a row has; all by default.
+
+    Returns a Verified: tokens (B, K + 1) int64, the accepted drafts and then the drawn token, -1 behind it; counts (B,)
+    int64, how many drafts were accepted; valid (B,) bool, False where the last token could not be drawn, because its
+    logits have NaN or nothing but -inf, and is 0.
+    Raises ValueError or TypeError as `lmops.sample` does.
+    """
+    if target_logits.ndim != 3:
+        raise ValueError(f"target_logits must be (B, K + 1, V), got {tuple(target_logits.shape)}")
+    n_rows, n_positions, n_cols = target_logits.shape
+    if n_positions < 1:
+        raise ValueError(f"target_logits must be (B, K + 1, V) with K at least 0, got {tuple(target_logits.shape)}")
+    flat = _matrix("target_logits", target_logits.reshape(-1, n_cols))
+    batch = target_logits[:, 0]
+    expected = (n_rows, n_positions - 1)
+    _expect("draft_tokens", draft_tokens, batch, INTS, expected)
+    if draft_logits is not None:
+        _expect("draft_logits", draft_logits, batch, FLOATS, (*expected, n_cols))
+    if draft_lens is not None:
+        _expect("draft_lens", draft_lens, batch, INTS, (n_rows,))
+    values = dict(zip(PARAMETERS[:4], (temperature, top_k, top_p, min_p), strict=True))
+    per_row, numbers = _parameters(values, batch)
+    target = target_logits.detach()
+    if any(t is not None for t in per_row[1:]) or numbers[1:] != [0.0, 1.0, 0.0]:
+        each = [None if t is None else t[:, None].expand(n_rows, n_positions).reshape(-1) for t in per_row]
+        target = filter_op(flat.detach(), each, numbers).view_as(target_logits)
+    per_row = [per_row[0], *(_per_row(n, v, batch, floating=False) for n, v in (("seed", seed), ("offset", offset)))]
+    per_row.append(draft_lens)
+    seed, offset = (0 if isinstance(v, Tensor) else _int64(n, v) for n, v in (("seed", seed), ("offset", offset)))
+    draft = None if draft_logits is None else draft_logits.detach()
+    return Verified(*verify_op(target, draft_tokens, draft, per_row, numbers[0], seed, offset))
+
+
+def _expect(name: str, tensor: Tensor, batch: Tensor, dtypes: Sequence[torch.dtype], shape: tuple[int, ...]) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
+    if tensor.device != batch.device:
+        raise ValueError(f"{name} must be on {batch.device} like the logits, got {tensor.device}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {shape} for these logits, got {tuple(tensor.shape)}")
 
 
 def _matrix(name: str, x: Tensor) -> Tensor:
