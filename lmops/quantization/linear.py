@@ -35,7 +35,7 @@ class _Weight(Tensor):
     def __init__(self, layer: QuantLinear) -> None:
         pass
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"weight of {self.layer}"
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
