@@ -181,7 +181,7 @@ def test_a_sequence_that_is_not_alive(use):
     allocator.free(freed)
     before = state(allocator)
     for seq in (freed, BlockAllocator(8, 4).allocate(4)):
-        with pytest.raises(ValueError, match="seq must be a live sequence of this allocator, got a freed or foreign"):
+        with pytest.raises(ValueError, match="seq must be a live sequence of this allocator, got one that was freed"):
             getattr(allocator, use)(seq)
     for name in ("truncate", "release_before"):
         with pytest.raises(ValueError, match="seq must be a live sequence"):

@@ -188,6 +188,7 @@ def test_what_is_found_is_not_evicted_for_the_rest():
     allocator.free(seq)
     with pytest.raises(OutOfBlocksError, match="3 blocks were asked for, 2 of 4 are available"):
         cache.allocate([1, 2, 9, 9, 9])
+    allocator.check_integrity()
     assert cache.allocate([1, 2, 9, 9]).n_cached == 2
 
 
@@ -525,6 +526,6 @@ class AllocatorAndCache(RuleBasedStateMachine):
 
 TestAllocatorAndCache = AllocatorAndCache.TestCase
 TestAllocatorAndCache.settings = settings(
-    max_examples=300, stateful_step_count=300, deadline=None, derandomize=True, database=None,
+    max_examples=350, stateful_step_count=300, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip

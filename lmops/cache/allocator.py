@@ -96,8 +96,9 @@ class BlockAllocator:
 
     Which blocks: a sequence grows into the block that follows its last one if that is free, else into a free run of
     at least half the size of the largest. There it begins in the middle, which leaves room to grow to it and to the
-    sequence before, except in a run at block 0. So n blocks lie in a row if a run of 2 n blocks is free, and a single
-    sequence always does. Cached blocks are evicted only when no block is free, least recently used first.
+    sequence before, except in the run at block 0. So the n blocks of a new sequence lie in a row if a run of 2 n is
+    free, and those of a sequence that is alone do to the last. Cached blocks are evicted only for what free ones do
+    not cover, least recently used first.
 
     Attributes:
         n_evicted: how many cached blocks were evicted so far.
@@ -266,9 +267,9 @@ class BlockAllocator:
     def swap_in(self, record: SwappedSequence) -> tuple[PagedSequence, list[tuple[int, int]]]:
         """The sequence again, and which saved block goes where: pairs (index into the saved blocks, block).
 
-        Blocks that are still found by their content are shared, and not in the list. OutOfBlocksError if there are
-        not enough for the others, ValueError for a record of another block size. The record stays good, also for a
-        second sequence.
+        The saved blocks are to be written before anything is read. Blocks that are still found by their content are
+        shared, and not in the list. OutOfBlocksError if there are not enough for the others, ValueError for a record
+        of another block size. The record stays good, also for a second sequence.
         """
         if record.block_size != self.block_size:
             raise ValueError(f"record must have blocks of {self.block_size} tokens, got {record.block_size}")
@@ -291,8 +292,8 @@ class BlockAllocator:
     def add_key(self, seq: PagedSequence, key: Hashable) -> None:
         """The content key of the sequence's first full block that has none yet, which makes the block findable.
 
-        It stays so until it is evicted or written again. A block with the same key is found in its place if there is
-        one. ValueError if the sequence has no such block.
+        It stays so until it is evicted or written again. If another block has the key, that one goes on being found.
+        ValueError if the sequence has no such block.
         """
         self._check(seq)
         i = len(seq.keys)
@@ -326,7 +327,7 @@ class BlockAllocator:
 
     def _check(self, seq: PagedSequence) -> None:
         if seq not in self._sequences:
-            raise ValueError(f"seq must be a live sequence of this allocator, got a freed or foreign one: {seq}")
+            raise ValueError("seq must be a live sequence of this allocator, got one that was freed or is another's")
 
     def _blocks_for(self, n_tokens: int) -> int:
         return -(-n_tokens // self.block_size)
