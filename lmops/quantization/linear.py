@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lmops.ops.quantized_matmul import quantized_matmul
+from lmops.ops.quantized_matmul_cpu import CPUWeight, cpu_weight_helps
 from lmops.quantization.tensor import INFO, PARTS, QuantizedTensor
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class QuantLinear(nn.Linear):
     zeros: Tensor | None
     offsets: Tensor | None
     permutation: Tensor | None
+    _cpu_weight: CPUWeight | None  # what torch's packed kernels take, from the first call on a CPU
 
     def __init__(
         self,
@@ -166,6 +168,10 @@ class QuantLinear(nn.Linear):
         kind = x.device.type
         if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
+        if cpu_weight_helps(x, self.packed, self.bias):
+            if self._cpu_weight is None:
+                self._cpu_weight = CPUWeight(self.quantized)
+            return self._cpu_weight.matmul(x, self.bias)
         return quantized_matmul(x, self.quantized, self.bias)
 
     def reset_parameters(self) -> None:
@@ -183,6 +189,10 @@ class QuantLinear(nn.Linear):
         self.format, self.group_size = weight.format, weight.group_size
         for name in PARTS:
             setattr(self, name, getattr(weight, name))
+        self._cpu_weight = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cpu_weight": None}  # copies and pickles make their own
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         mine = {id(t) for t in self._buffers.values()}
@@ -192,6 +202,7 @@ class QuantLinear(nn.Linear):
             return moved if id(t) not in mine or moved.dtype == t.dtype else t.to(moved.device)
 
         super()._apply(keep_dtype, recurse)
+        self._cpu_weight = None
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
         return self
 
@@ -222,6 +233,7 @@ class QuantLinear(nn.Linear):
                 weight = replace(weight, **empty)
                 self._take(weight)
             self.format, self.group_size = weight.format, weight.group_size
+        self._cpu_weight = None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
