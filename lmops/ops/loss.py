@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lmops.ops._register import define_op, warp_size
 from lmops.ops._strides import RowLayout, aligned_alike, row_layout
@@ -81,7 +80,7 @@ def _in_blocks(
 ) -> None:
     """Call run(*full, dx, *per_row, state) on blocks of rows: (rows, columns), (rows,) and state (planes, rows)."""
     n_cols = full[0].shape[-1]
-    flat = [t.reshape(-1, n_cols) for t in full]
+    flat = [t if t.ndim == 2 else t.reshape(-1, n_cols) for t in full]
     flat_rows = [None if t is None else t.reshape(-1) for t in per_row]
     # a gradient whose rows are no neighbours in memory is formed elsewhere
     out = None if dx is None else dx if dx.ndim == 2 else dx.reshape(-1, n_cols)
@@ -166,7 +165,8 @@ def _cross_entropy_rows(
     if dx is None:
         return
 
-    g = (state.new_ones(()) if grad is None else grad.to(state.dtype)) / o.temperature
+    assert grad is not None
+    g = grad / o.temperature
     pull = (1 - o.label_smoothing) * w_y
     push = pull + spread * (chunk.n_classes if weight_sum is None else weight_sum)
     if o.z_loss:
@@ -230,7 +230,7 @@ def _kl_div_rows(
             t_l += state[TEACHER_SUM] * t_shrink
         if chunk.last:
             s_peak, t_peak = s_m, t_m
-            apart = s_l.log() - t_l.log()
+            apart = (s_l / t_l).log()
             total = total / s_l - apart if o.reverse else total / t_l + apart
             if mask is not None:
                 total = total.masked_fill_(~mask, 0)
@@ -238,9 +238,10 @@ def _kl_div_rows(
     if dx is None:
         return
 
-    g = (state.new_ones(()) if grad is None else grad.to(state.dtype)) / o.temperature
+    assert grad is not None
+    g = grad / o.temperature
     if o.reverse:
-        further -= (state[LOSS] + state[SUM].log() - state[TEACHER_SUM].log()).unsqueeze(-1)
+        further -= (state[LOSS] + (state[SUM] / state[TEACHER_SUM]).log()).unsqueeze(-1)
         d = s_e.mul_((g / state[SUM]).unsqueeze(-1)).mul_(further)
     else:
         d = s_e.mul_((g / state[SUM]).unsqueeze(-1)).sub_(t_e.mul_((g / state[TEACHER_SUM]).unsqueeze(-1)))
@@ -276,9 +277,11 @@ class Geometry:
 
     @property
     def flags(self) -> dict[str, Any]:
+        """For the kernel. A product contracted with the sum across lanes would be rounded by one lane only, and lanes
+        that hold copies of one sum would differ in the last bit: so none is."""
         tile = self.tile
         return {"ROWS": tile.rows, "COLS": tile.cols, "VEC": self.vec, "EDGE": self.edge, "FITS": tile.fits,
-                "num_warps": self.num_warps}  # fmt: skip
+                "num_warps": self.num_warps, "enable_fp_fusion": False}  # fmt: skip
 
 
 def _geometry(full: Sequence[Tensor], per_row: Sequence[Tensor], held: int) -> Geometry:
@@ -305,7 +308,23 @@ def _cross_entropy_launch(
     """Take the logits x (*rows, columns) into the state (planes, *rows), or write their gradient to dx, or both."""
     from lmops.kernels.loss import cross_entropy_kernel
 
-    raise NotImplementedError(cross_entropy_kernel)
+    full = [x] if dx is None else [x, dx]
+    per_row = [state[LOSS], target] if grad is None else [state[LOSS], target, grad]
+    walk = _geometry(full, per_row, held=1)
+    x_strides, *dx_strides = walk.layout.strides[: len(full)]
+    state_strides, target_strides, *grad_strides = walk.layout.strides[len(full) :]
+    cross_entropy_kernel[walk.grid](
+        x, dx, target, weight, weight_sum, grad, state, walk.layout.outer_shape, walk.layout.n_rows, x.shape[-1],
+        state.stride(0), chunk.first, chunk.n_classes, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap,
+        *_scales(o.temperature), x_strides, *(dx_strides or [(0,)]), target_strides, *(grad_strides or [(0,)]),
+        state_strides, **walk.flags, FORWARD=chunk.forward, FIRST=chunk.first == 0, LAST=chunk.last,
+        GRAD=dx is not None, WEIGHTED=weight is not None, SMOOTH=o.label_smoothing > 0, SOFTCAP=o.softcap > 0,
+    )  # fmt: skip
+
+
+def _scales(temperature: float) -> tuple[float, float]:
+    """log2(e) / temperature and 1 / temperature, finite in float32."""
+    return min(math.log2(math.e) / temperature, 1e38), min(1 / temperature, 1e38)
 
 
 def _kl_div_launch(
@@ -315,7 +334,18 @@ def _kl_div_launch(
     """The same for the divergence, from logits x of the student and y of the teacher."""
     from lmops.kernels.loss import kl_div_kernel
 
-    raise NotImplementedError(kl_div_kernel)
+    full = [x, y] if dx is None else [x, y, dx]
+    given = [t for t in (mask, grad) if t is not None]
+    walk = _geometry(full, [state[LOSS], *given], held=2)
+    x_strides, y_strides, *dx_strides = walk.layout.strides[: len(full)]
+    state_strides, *others = walk.layout.strides[len(full) :]
+    strides = {id(t): s for t, s in zip(given, others, strict=True)}
+    kl_div_kernel[walk.grid](
+        x, y, dx, mask, grad, state, walk.layout.outer_shape, walk.layout.n_rows, x.shape[-1], state.stride(0),
+        *_scales(o.temperature), x_strides, y_strides, *(dx_strides or [(0,)]), strides.get(id(mask), (0,)),
+        strides.get(id(grad), (0,)), state_strides, **walk.flags, FORWARD=chunk.forward, FIRST=chunk.first == 0,
+        LAST=chunk.last, GRAD=dx is not None, MASKED=mask is not None, REVERSE=o.reverse,
+    )  # fmt: skip
 
 
 # --- operators over rows ---
@@ -326,13 +356,15 @@ def _weight_sum(weight: Tensor | None, label_smoothing: float) -> Tensor | None:
 
 
 def _cross_entropy_forward(
-    run: Callable[..., None], x: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, dx: Tensor | None,
+    run: Callable[..., None], x: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, dx: Tensor,
     *options: Any,
 ) -> Tensor:  # fmt: skip
+    """The state; the gradient is written to dx where grad is given."""
     state = _cross_entropy_forward_fake(x)
     o = Options(*options)
     if x.numel():
-        run(x, dx, target, weight, _weight_sum(weight, o.label_smoothing), grad, state, o, Chunk(0, x.shape[-1]))
+        out = None if grad is None else dx
+        run(x, out, target, weight, _weight_sum(weight, o.label_smoothing), grad, state, o, Chunk(0, x.shape[-1]))
     return state
 
 
@@ -351,12 +383,13 @@ def _cross_entropy_backward(
 
 
 def _kl_div_forward(
-    run: Callable[..., None], x: Tensor, y: Tensor, mask: Tensor | None, grad: Tensor | None, dx: Tensor | None,
+    run: Callable[..., None], x: Tensor, y: Tensor, mask: Tensor | None, grad: Tensor | None, dx: Tensor,
     *options: Any,
 ) -> Tensor:  # fmt: skip
+    """The state; the gradient is written to dx where grad is given."""
     state = _kl_div_forward_fake(x)
     if x.numel():
-        run(x, y, dx, mask, grad, state, Divergence(*options), Chunk(0, x.shape[-1]))
+        run(x, y, None if grad is None else dx, mask, grad, state, Divergence(*options), Chunk(0, x.shape[-1]))
     return state
 
 
@@ -375,7 +408,11 @@ def _kl_div_backward(
 def _scale_launch(x: Tensor, factor: Tensor) -> None:
     from lmops.kernels.loss import scale_kernel
 
-    raise NotImplementedError(scale_kernel)
+    if torch.empty_like(x, device="meta").stride() != x.stride():  # there are gaps, which are not ours
+        x.mul_(factor)
+    elif x.numel():
+        block = 16_384
+        scale_kernel[(-(-x.numel() // block),)](x, factor, x.numel(), BLOCK=block, num_warps=512 // warp_size())
 
 
 def _scale_torch(x: Tensor, factor: Tensor) -> None:
@@ -388,7 +425,7 @@ def _nothing(*_: Any) -> None:
 
 
 cross_entropy_forward = define_op(
-    "cross_entropy_forward(Tensor x, Tensor target, Tensor? weight, Tensor? grad, Tensor(a!)? dx, " + OPTIONS + ")"
+    "cross_entropy_forward(Tensor x, Tensor target, Tensor? weight, Tensor? grad, Tensor(a!) dx, " + OPTIONS + ")"
     " -> Tensor",
     triton=partial(_cross_entropy_forward, _cross_entropy_launch),
     torch_cpu=partial(_cross_entropy_forward, _cross_entropy_torch),
@@ -402,7 +439,7 @@ cross_entropy_backward = define_op(
     fake=_nothing,
 )  # fmt: skip
 kl_div_forward = define_op(
-    "kl_div_forward(Tensor x, Tensor y, Tensor? mask, Tensor? grad, Tensor(a!)? dx, float temperature, bool reverse)"
+    "kl_div_forward(Tensor x, Tensor y, Tensor? mask, Tensor? grad, Tensor(a!) dx, float temperature, bool reverse)"
     " -> Tensor",
     triton=partial(_kl_div_forward, _kl_div_launch),
     torch_cpu=partial(_kl_div_forward, _kl_div_torch),
@@ -443,6 +480,11 @@ def _row_gradient(dy: Tensor, total: Tensor | None, like: Tensor) -> Tensor:
     return (dy if total is None else dy / total).to(like.dtype).expand(like.shape[1:])
 
 
+def _ones(x: Tensor, total: Tensor | None) -> Tensor:
+    """Gradient of each row's loss where that of the result is 1."""
+    return torch.ones((), dtype=_compute(x.dtype), device=x.device) if total is None else total.reciprocal()
+
+
 def _graph_is_kept() -> bool:
     """Whether what was saved is needed again, so that nobody may write to it."""
     return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
@@ -464,22 +506,42 @@ def _memory(x: Tensor, inplace: bool) -> Tensor:
     return x.detach()
 
 
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.autograd.function.once_differentiable`, also where the gradient of the loss is a constant, as mostly.
+
+    torch's lets gradients through as constants then, and a penalty on them would have no effect without a word.
+    """
+
+    @wraps(backward)
+    def call(ctx: Any, dy: Tensor) -> Any:
+        with torch.no_grad():
+            gradients = backward(ctx, dy)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return gradients
+        refuse = torch._C._functions.DelayedError(
+            b"trying to differentiate twice a loss of lmops, which is once_differentiable", 1
+        )
+        return tuple(None if g is None else refuse(g.detach().requires_grad_()) for g in gradients)
+
+    return call
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, target, weight, total, reduction, inplace, options):
         ctx.arguments = inplace, options
         if _in_forward(x, reduction):
             dx = _memory(x, inplace)
-            grad = None if total is None else total.reciprocal().expand(x.shape[:-1])
+            grad = _ones(x, total).expand(x.shape[:-1])
             state = cross_entropy_forward(x, target, weight, grad, dx, *options)
             ctx.save_for_backward(dx)
         else:
-            state = cross_entropy_forward(x, target, weight, None, None, *options)
+            state = cross_entropy_forward(x, target, weight, None, x.new_empty(0), *options)
             ctx.save_for_backward(x, target, weight, total, state)
         return _reduced(state, total, reduction)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, dy):
         nothing = (None,) * 6
         if len(ctx.saved_tensors) == 1:
@@ -497,16 +559,16 @@ class _KLDiv(torch.autograd.Function):
         ctx.arguments = inplace, options
         if _in_forward(x, reduction):
             dx = _memory(x, inplace)
-            grad = None if total is None else total.reciprocal().expand(x.shape[:-1])
+            grad = _ones(x, total).expand(x.shape[:-1])
             state = kl_div_forward(x, y, mask, grad, dx, *options)
             ctx.save_for_backward(dx)
         else:
-            state = kl_div_forward(x, y, mask, None, None, *options)
+            state = kl_div_forward(x, y, mask, None, x.new_empty(0), *options)
             ctx.save_for_backward(x, y, mask, total, state)
         return _reduced(state, total, reduction)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, dy):
         nothing = (None,) * 6
         if len(ctx.saved_tensors) == 1:
@@ -560,8 +622,9 @@ class _Head:
     def logits(self, tokens: slice, classes: slice) -> Tensor:
         h, rows = self.hidden[tokens], _rows(self.weight, classes.start, classes.stop, self.hidden.dtype)
         logits = self.memory[: h.shape[0], : rows.shape[0]]
-        torch.mm(h, rows.t(), out=logits)
-        return logits if self.bias is None else logits.add_(self.bias[classes])
+        if self.bias is None:
+            return torch.mm(h, rows.t(), out=logits)
+        return torch.addmm(self.bias[classes].to(h.dtype), h, rows.t(), out=logits)
 
 
 class _HeadGradient:
@@ -722,7 +785,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return _reduced(state, total, reduction)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, dy):
         *inputs, total, state = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
@@ -814,7 +877,7 @@ class _LinearKLDiv(torch.autograd.Function):
         return _reduced(state, total, reduction)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, dy):
         *inputs, total, state = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
@@ -898,7 +961,7 @@ def cross_entropy(
             _check_not_a_leaf("input", input)
         loss = _CrossEntropy.apply(x, target, weight, total, reduction, inplace, options)
     else:
-        loss = _reduced(cross_entropy_forward(x, target, weight, None, None, *options), total, reduction)
+        loss = _reduced(cross_entropy_forward(x, target, weight, None, x.new_empty(0), *options), total, reduction)
     return loss.to(dtype)
 
 
@@ -998,7 +1061,7 @@ def kl_div(
             _check_not_a_leaf("student_logits", x)
         loss = _KLDiv.apply(x, y, mask, total, reduction, inplace, options)
     else:
-        loss = _reduced(kl_div_forward(x, y, mask, None, None, *options), total, reduction)
+        loss = _reduced(kl_div_forward(x, y, mask, None, x.new_empty(0), *options), total, reduction)
     return loss.to(dtype)
 
 

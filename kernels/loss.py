@@ -1,0 +1,350 @@
+"""Cross entropy and the divergence of two models over rows of logits, with their gradients (docs/kernels.md).
+
+A kernel takes rows, or a chunk of the vocabulary's columns of them, into running statistics (FORWARD), which begin
+with its FIRST chunk and give the row's loss after its LAST; writes the gradient with respect to the logits from
+complete statistics (GRAD); or both, when the row is one chunk. Rows are walked through as in softmax.py: those that fit
+one tile (FITS) are read once, longer ones twice but for their first tile. The statistics are planes of one float32
+tensor (planes, *rows).
+"""
+
+import triton
+import triton.language as tl
+
+from .attention import tanh
+from .common import LN2, online_softmax_step, row_offset
+from .softmax import align, edge_tile, load, main_mask, rows_of_program
+
+
+@triton.jit
+def cap(x, softcap, SOFTCAP: tl.constexpr):
+    """softcap tanh(x / softcap) with SOFTCAP; -inf stays -inf."""
+    if SOFTCAP:
+        x = tl.where(x == float("-inf"), float("-inf"), softcap * tanh(x / softcap))
+    return x
+
+
+@triton.jit
+def finite(m):
+    """Maxima to subtract: 0 for a row of nothing but -inf, so that -inf stays -inf and does not become NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def moved(before, now):
+    """before - now, 0 where nothing was seen before."""
+    return tl.where(before == float("-inf"), 0.0, before - now)
+
+
+@triton.jit
+def class_weights(ptr, column, inside, WEIGHTED: tl.constexpr):
+    """Weights of a tile's classes, 0 outside the row; without WEIGHTED each is 1."""
+    if WEIGHTED:
+        w = tl.load(ptr + column, mask=inside, other=0.0).to(tl.float32)
+    else:
+        w = tl.where(inside, 1.0, 0.0)
+    return w
+
+
+@triton.jit
+def take(u, column, inside, weight_ptr, m, l, smooth, seen, scale, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr):
+    """Take a tile into maximum m, sum l and, with SMOOTH, smooth = sum w (u - m) and seen = sum w, each (R,)."""
+    before = m
+    _, m, l, _ = online_softmax_step(u, m, l, scale)
+    if SMOOTH:
+        w = class_weights(weight_ptr, column, inside, WEIGHTED)
+        below = tl.where(inside, w * (u - finite(m)[:, None]), 0.0)
+        smooth += moved(before, finite(m)) * seen + tl.sum(below, 1)
+        seen += tl.sum(w, 1)
+    return m, l, smooth, seen
+
+
+@triton.jit
+def gradient(
+    u, column, inside, weight_ptr, y, m, push, pull, spread, scale, softcap,
+    WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """push exp2((u - m) scale) - spread w - pull at the target, times the softcap's derivative."""
+    d = tl.exp2((u - m[:, None]) * scale[:, None]) * push[:, None]
+    if SMOOTH:
+        d -= spread[:, None] * class_weights(weight_ptr, column, inside, WEIGHTED)
+    d = tl.where(column == y[:, None], d - pull[:, None], d)
+    if SOFTCAP:
+        t = u / softcap
+        d *= tl.where(u == float("-inf"), 0.0, 1 - t * t)
+    return d
+
+
+@triton.jit(do_not_specialize=["first_class", "ignore_index", "plane"])
+def cross_entropy_kernel(
+    x_ptr, dx_ptr, target_ptr, weight_ptr, weight_sum_ptr, grad_ptr, state_ptr, outer_shape, n_rows, n_cols, plane,
+    first_class, n_classes, ignore_index, label_smoothing, z_loss, softcap, scale, inverse_t,
+    x_strides, dx_strides, target_strides, grad_strides, state_strides,
+    ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, EDGE: tl.constexpr, FITS: tl.constexpr,
+    FORWARD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, GRAD: tl.constexpr,
+    WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """loss = (1 - s) w_y (L - z_y) + s / n sum_j w_j (L - z_j) + z_loss L^2, and its gradient times grad.
+
+    z = x / t with x capped, L = log sum exp z, y the target, s the label smoothing, w the class weights.
+    x, dx: (*rows, n_cols), the classes first_class .. first_class + n_cols of n_classes; dx may be x.
+    target, grad: (*rows). weight: (n_classes,), weight_sum: its sum, read with SMOOTH. scale: log2(e) / t.
+    state: (planes, *rows), `plane` elements apart: loss, maximum m and sum of exp((x - m) / t); while chunks still come
+    also x_y, sum w (x - m) and sum w. inverse_t: 1 / t. The loss of a target out of range is NaN, of ignore_index 0.
+    """
+    outer, rows, _ = rows_of_program(n_rows, n_cols, ROWS, False)
+    in_rows = rows < n_rows
+    target = tl.load(target_ptr + row_offset(outer, rows, outer_shape, target_strides), mask=in_rows, other=0)
+    target = target.to(tl.int64)
+    kept = in_rows & (target != ignore_index)
+    valid = (target >= 0) & (target < n_classes)
+    y = tl.where(kept & valid & (target >= first_class) & (target < first_class + n_cols), target - first_class, -1)
+    y = y.to(tl.int32)
+    w_y = tl.full((ROWS,), 1.0, tl.float32)
+    if WEIGHTED:
+        w_y = tl.load(weight_ptr + target, mask=kept & valid, other=0.0).to(tl.float32)
+        weight_ptr += first_class
+
+    state = state_ptr + row_offset(outer, rows, outer_shape, state_strides)
+    scale = tl.full((ROWS,), 0.0, tl.float32) + scale
+    x_offset = row_offset(outer, rows, outer_shape, x_strides)
+    x_row, shift = align(x_offset, VEC)
+    x_col = x_strides[len(x_strides) - 1]
+    tile = tl.arange(0, COLS)[None, :]
+    read = kept[:, None]  # the logits of ignored tokens are not read
+    stop = tl.max(tl.where(kept, n_cols + VEC - 1, 0))
+
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    l = tl.zeros((ROWS,), tl.float32)
+    smooth = tl.zeros((ROWS,), tl.float32)
+    seen = tl.zeros((ROWS,), tl.float32)
+    if FORWARD:
+        # first of all, since the gradient may be written over it
+        x_y = tl.load(x_ptr + x_offset + y.to(tl.int64) * x_col, mask=y >= 0, other=0.0).to(tl.float32)
+        x_y = cap(x_y, softcap, SOFTCAP)
+        if not FIRST:
+            m = tl.load(state + plane, mask=in_rows, other=0.0)
+            l = tl.load(state + 2 * plane, mask=in_rows, other=0.0)
+            x_y = tl.where(y >= 0, x_y, tl.load(state + 3 * plane, mask=in_rows, other=0.0))
+            if SMOOTH:
+                smooth = tl.load(state + 4 * plane, mask=in_rows, other=0.0)
+                seen = tl.load(state + 5 * plane, mask=in_rows, other=0.0)
+        if not FITS:
+            for start in range(COLS, stop, COLS):
+                p = start + tile
+                inside = read & main_mask(p, shift, n_cols, n_cols, VEC)
+                x = load(x_ptr, x_row + p.to(tl.int64) * x_col, inside, True, float("-inf"), tl.float32, False)
+                u = cap(x, softcap, SOFTCAP)
+                m, l, smooth, seen = take(u, p - shift, inside, weight_ptr, m, l, smooth, seen, scale, WEIGHTED, SMOOTH)
+    # the edges and the first tile last: they are still in registers when the statistics are complete
+    if EDGE:
+        e, in_edge = edge_tile(shift, n_cols, VEC, EDGE)
+        x = load(x_ptr, x_row + e, in_edge & read, True, float("-inf"), tl.float32, False)
+        u_edge = cap(x, softcap, SOFTCAP)
+        if FORWARD:
+            m, l, smooth, seen = take(
+                u_edge, e - shift, in_edge & read, weight_ptr, m, l, smooth, seen, scale, WEIGHTED, SMOOTH
+            )
+    inside = read & main_mask(tile, shift, n_cols, n_cols, VEC)
+    x = load(x_ptr, x_row + tile.to(tl.int64) * x_col, inside, True, float("-inf"), tl.float32, False)
+    u = cap(x, softcap, SOFTCAP)
+    if FORWARD:
+        m, l, smooth, seen = take(u, tile - shift, inside, weight_ptr, m, l, smooth, seen, scale, WEIGHTED, SMOOTH)
+        if LAST:
+            m, log_l = finite(m), tl.log2(l) * LN2
+            loss = (1 - label_smoothing) * w_y * (log_l + (m - x_y) * inverse_t)
+            if SMOOTH:
+                loss += label_smoothing / n_classes * (seen * log_l - smooth * inverse_t)
+            lse = log_l + m * inverse_t
+            loss += tl.where(z_loss == 0, 0.0, z_loss * lse * lse)
+            loss = tl.where(kept, tl.where(valid, loss, float("nan")), 0.0)
+            tl.store(state, loss, mask=in_rows)
+            m, l = tl.where(kept, m, 0.0), tl.where(kept, l, 1.0)
+        else:
+            tl.store(state + 3 * plane, x_y, mask=in_rows)
+            if SMOOTH:
+                tl.store(state + 4 * plane, smooth, mask=in_rows)
+                tl.store(state + 5 * plane, seen, mask=in_rows)
+        tl.store(state + plane, m, mask=in_rows)
+        tl.store(state + 2 * plane, l, mask=in_rows)
+    else:
+        m = tl.load(state + plane, mask=in_rows, other=0.0)
+        l = tl.load(state + 2 * plane, mask=in_rows, other=1.0)
+
+    if GRAD:
+        g = tl.load(grad_ptr + row_offset(outer, rows, outer_shape, grad_strides), mask=in_rows, other=0.0)
+        g = tl.where(kept, tl.where(valid, g * inverse_t, float("nan")), 0.0)
+        pull = g * (1 - label_smoothing) * w_y
+        spread = g * (label_smoothing / n_classes)
+        push = pull
+        if SMOOTH:
+            push += spread * (tl.load(weight_sum_ptr) if WEIGHTED else n_classes)
+        push += tl.where(z_loss == 0, 0.0, 2 * g * z_loss * (tl.log2(l) * LN2 + m * inverse_t))
+        push = push / l
+        dx_row, _ = align(row_offset(outer, rows, outer_shape, dx_strides), VEC)
+        dx_col = dx_strides[len(dx_strides) - 1]
+        if EDGE:
+            in_edge = in_edge & in_rows[:, None]
+            d = gradient(
+                u_edge, e - shift, in_edge, weight_ptr, y, m, push, pull, spread, scale, softcap,
+                WEIGHTED, SMOOTH, SOFTCAP,
+            )  # fmt: skip
+            tl.store(dx_ptr + dx_row + e, d, mask=in_edge)
+        inside = in_rows[:, None] & main_mask(tile, shift, n_cols, n_cols, VEC)
+        d = gradient(
+            u, tile - shift, inside, weight_ptr, y, m, push, pull, spread, scale, softcap, WEIGHTED, SMOOTH, SOFTCAP
+        )
+        tl.store(dx_ptr + dx_row + tile.to(tl.int64) * dx_col, d, mask=inside)
+        if not FITS:
+            for start in range(COLS, n_cols + VEC - 1, COLS):
+                p = start + tile
+                inside = in_rows[:, None] & main_mask(p, shift, n_cols, n_cols, VEC)
+                x = load(x_ptr, x_row + p.to(tl.int64) * x_col, inside & read, True, float("-inf"), tl.float32, False)
+                u = cap(x, softcap, SOFTCAP)
+                d = gradient(
+                    u, p - shift, inside, weight_ptr, y, m, push, pull, spread, scale, softcap,
+                    WEIGHTED, SMOOTH, SOFTCAP,
+                )  # fmt: skip
+                tl.store(dx_ptr + dx_row + p.to(tl.int64) * dx_col, d, mask=inside)
+
+
+@triton.jit
+def take_pair(s, t, sm, sl, tm, tl_, total, scale, REVERSE: tl.constexpr):
+    """Take tiles of student and teacher into maxima, sums and total = sum of weights times differences, each (R,)."""
+    s_before, t_before, before = sm, tm, sl if REVERSE else tl_
+    s_e, sm, sl, s_alpha = online_softmax_step(s, sm, sl, scale)
+    t_e, tm, tl_, t_alpha = online_softmax_step(t, tm, tl_, scale)
+    apart = moved(t_before, finite(tm)) - moved(s_before, finite(sm))
+    further = (t - finite(tm)[:, None]) - (s - finite(sm)[:, None])
+    if REVERSE:
+        total = s_alpha * (total - before * apart) + tl.sum(tl.where(s_e == 0, 0.0, s_e * -further), 1)
+    else:
+        total = t_alpha * (total + before * apart) + tl.sum(tl.where(t_e == 0, 0.0, t_e * further), 1)
+    return sm, sl, tm, tl_, total
+
+
+@triton.jit
+def pair_gradient(s, t, sm, tm, s_push, t_push, offset, scale, inverse_t, REVERSE: tl.constexpr):
+    """Gradient of a tile of the student's logits: s_push q - t_push p, or REVERSE s_push q (log(q / p) - KL)."""
+    s_e = tl.exp2((s - sm[:, None]) * scale[:, None])
+    if REVERSE:
+        further = ((s - sm[:, None]) - (t - tm[:, None])) * inverse_t - offset[:, None]
+        d = tl.where(s_e == 0, 0.0, s_e * s_push[:, None] * further)
+    else:
+        d = s_e * s_push[:, None] - tl.exp2((t - tm[:, None]) * scale[:, None]) * t_push[:, None]
+    return d
+
+
+@triton.jit
+def load_pair(x_ptr, y_ptr, x_offset, y_offset, mask):
+    """Tiles of student and teacher, -inf where masked."""
+    s = load(x_ptr, x_offset, mask, True, float("-inf"), tl.float32, False)
+    return s, load(y_ptr, y_offset, mask, True, float("-inf"), tl.float32, False)
+
+
+@triton.jit(do_not_specialize=["plane"])
+def kl_div_kernel(
+    x_ptr, y_ptr, dx_ptr, mask_ptr, grad_ptr, state_ptr, outer_shape, n_rows, n_cols, plane, scale, inverse_t,
+    x_strides, y_strides, dx_strides, mask_strides, grad_strides, state_strides,
+    ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, EDGE: tl.constexpr, FITS: tl.constexpr,
+    FORWARD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, GRAD: tl.constexpr,
+    MASKED: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """KL(p || q) of p = softmax(y / t) and q = softmax(x / t), REVERSE KL(q || p), and its gradient for x times grad.
+
+    x, y, dx: (*rows, n_cols); dx may be x. mask, with MASKED, and grad: (*rows). scale: log2(e) / t, inverse_t: 1 / t.
+    state: (planes, *rows), `plane` elements apart: value (of chunks: the sum of p times (y - x)), maximum and sum of
+    exponentials of x, and of y. Rows that are masked out have value 0 and gradient 0.
+    """
+    outer, rows, _ = rows_of_program(n_rows, n_cols, ROWS, False)
+    in_rows = rows < n_rows
+    kept = in_rows
+    if MASKED:
+        mask = tl.load(mask_ptr + row_offset(outer, rows, outer_shape, mask_strides), mask=in_rows, other=0)
+        kept = in_rows & (mask != 0)
+    state = state_ptr + row_offset(outer, rows, outer_shape, state_strides)
+    scale = tl.full((ROWS,), 0.0, tl.float32) + scale
+    x_row, shift = align(row_offset(outer, rows, outer_shape, x_strides), VEC)
+    y_row, _ = align(row_offset(outer, rows, outer_shape, y_strides), VEC)
+    x_col, y_col = x_strides[len(x_strides) - 1], y_strides[len(y_strides) - 1]
+    tile = tl.arange(0, COLS)[None, :]
+    read = kept[:, None]
+    stop = tl.max(tl.where(kept, n_cols + VEC - 1, 0))
+
+    total = tl.zeros((ROWS,), tl.float32)
+    sm = tl.full((ROWS,), float("-inf"), tl.float32)
+    sl = tl.zeros((ROWS,), tl.float32)
+    tm = tl.full((ROWS,), float("-inf"), tl.float32)
+    tl_ = tl.zeros((ROWS,), tl.float32)
+    if not (FORWARD and FIRST):
+        total = tl.load(state, mask=in_rows, other=0.0)
+        sm = tl.load(state + plane, mask=in_rows, other=0.0)
+        sl = tl.load(state + 2 * plane, mask=in_rows, other=1.0)
+        tm = tl.load(state + 3 * plane, mask=in_rows, other=0.0)
+        tl_ = tl.load(state + 4 * plane, mask=in_rows, other=1.0)
+    if FORWARD and not FITS:
+        for start in range(COLS, stop, COLS):
+            p = start + tile
+            inside = read & main_mask(p, shift, n_cols, n_cols, VEC)
+            p = p.to(tl.int64)
+            s, t = load_pair(x_ptr, y_ptr, x_row + p * x_col, y_row + p * y_col, inside)
+            sm, sl, tm, tl_, total = take_pair(s, t, sm, sl, tm, tl_, total, scale, REVERSE)
+    if EDGE:
+        e, in_edge = edge_tile(shift, n_cols, VEC, EDGE)
+        s_edge, t_edge = load_pair(x_ptr, y_ptr, x_row + e, y_row + e, in_edge & read)
+        if FORWARD:
+            sm, sl, tm, tl_, total = take_pair(s_edge, t_edge, sm, sl, tm, tl_, total, scale, REVERSE)
+    inside = read & main_mask(tile, shift, n_cols, n_cols, VEC)
+    p = tile.to(tl.int64)
+    s, t = load_pair(x_ptr, y_ptr, x_row + p * x_col, y_row + p * y_col, inside)
+    if FORWARD:
+        sm, sl, tm, tl_, total = take_pair(s, t, sm, sl, tm, tl_, total, scale, REVERSE)
+        if LAST:
+            apart = tl.log2(sl / tl_) * LN2
+            if REVERSE:
+                total = total * inverse_t / sl - apart
+            else:
+                total = total * inverse_t / tl_ + apart
+            total = tl.where(kept, total, 0.0)
+            sm, sl = tl.where(kept, finite(sm), 0.0), tl.where(kept, sl, 1.0)
+            tm, tl_ = tl.where(kept, finite(tm), 0.0), tl.where(kept, tl_, 1.0)
+        tl.store(state, total, mask=in_rows)
+        tl.store(state + plane, sm, mask=in_rows)
+        tl.store(state + 2 * plane, sl, mask=in_rows)
+        tl.store(state + 3 * plane, tm, mask=in_rows)
+        tl.store(state + 4 * plane, tl_, mask=in_rows)
+
+    if GRAD:
+        g = tl.load(grad_ptr + row_offset(outer, rows, outer_shape, grad_strides), mask=in_rows, other=0.0)
+        g = tl.where(kept, g * inverse_t, 0.0)
+        s_push, t_push = g / sl, g / tl_
+        offset = total + tl.log2(sl / tl_) * LN2
+        dx_row, _ = align(row_offset(outer, rows, outer_shape, dx_strides), VEC)
+        dx_col = dx_strides[len(dx_strides) - 1]
+        if EDGE:
+            d = pair_gradient(s_edge, t_edge, sm, tm, s_push, t_push, offset, scale, inverse_t, REVERSE)
+            tl.store(dx_ptr + dx_row + e, d, mask=in_edge & in_rows[:, None])
+        d = pair_gradient(s, t, sm, tm, s_push, t_push, offset, scale, inverse_t, REVERSE)
+        inside = in_rows[:, None] & main_mask(tile, shift, n_cols, n_cols, VEC)
+        tl.store(dx_ptr + dx_row + p * dx_col, d, mask=inside)
+        if not FITS:
+            for start in range(COLS, n_cols + VEC - 1, COLS):
+                inside = in_rows[:, None] & main_mask(start + tile, shift, n_cols, n_cols, VEC)
+                p = (start + tile).to(tl.int64)
+                s, t = load_pair(x_ptr, y_ptr, x_row + p * x_col, y_row + p * y_col, inside & read)
+                d = pair_gradient(s, t, sm, tm, s_push, t_push, offset, scale, inverse_t, REVERSE)
+                tl.store(dx_ptr + dx_row + p * dx_col, d, mask=inside)
+
+
+@triton.jit
+def scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
+    """x *= factor, n elements, unless the factor is 1: then nothing but the factor is read."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1:
+        whole = n // 16 * 16  # whole groups, so that the mask splits none
+        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offset, mask=offset < whole, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offset, x * factor, mask=offset < whole)
+        if tl.program_id(0) == 0:
+            rest = whole.to(tl.int64) + tl.arange(0, 16)
+            tail = tl.load(x_ptr + rest, mask=rest < n, other=0.0).to(tl.float32)
+            tl.store(x_ptr + rest, tail * factor, mask=rest < n)
