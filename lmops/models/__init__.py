@@ -4,6 +4,7 @@ from lmops.models.checkpoint import CheckpointError
 from lmops.models.config import GPTConfig, RopeScaling
 from lmops.models.gpt import GPT, KVCache
 from lmops.models.loading import load
+from lmops.models.saved import save
 from lmops.models.tokenizer import Tokenizer
 
-__all__ = ["GPT", "CheckpointError", "GPTConfig", "KVCache", "RopeScaling", "Tokenizer", "load"]
+__all__ = ["GPT", "CheckpointError", "GPTConfig", "KVCache", "RopeScaling", "Tokenizer", "load", "save"]

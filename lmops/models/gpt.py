@@ -340,7 +340,8 @@ class GPT(nn.Module):
 
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's Parameter, if the configuration says so."""
-        if self.config.tie_embeddings and isinstance(self.head, nn.Linear) and isinstance(self.embed, nn.Embedding):
+        quantized = not isinstance(self.head.weight, nn.Parameter) or not isinstance(self.embed, nn.Embedding)
+        if self.config.tie_embeddings and not quantized:
             self.head.weight = self.embed.weight
 
     def _apply(self, fn, recurse=True):

@@ -13,6 +13,7 @@ from lmops.models.checkpoint import CheckpointError, NameTable, StoredTensor, bu
 from lmops.models.extras import require
 from lmops.models.gguf import GGUFFile, read_gguf
 from lmops.models.gpt import GPT
+from lmops.models.saved import is_saved, load_saved
 from lmops.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 
 __all__ = ["CheckpointError", "load"]
@@ -33,8 +34,8 @@ def load(
         model, tokenizer = lmops.load("models/SmolLM2-135M-Instruct.gguf")
 
     path_or_hub_id: a folder with config.json and safetensors files (GPT-2, Llama, Mistral, Qwen2, Qwen3, SmolLM),
-        a GGUF file (llama, qwen2, qwen3, gpt2), or a name on the Hugging Face hub such as "HuggingFaceTB/SmolLM2-135M",
-        which is downloaded to huggingface_hub's cache.
+        one that `lmops.models.save` wrote, a GGUF file (llama, qwen2, qwen3, gpt2), or a name on the Hugging Face hub
+        such as "HuggingFaceTB/SmolLM2-135M", which is downloaded to huggingface_hub's cache.
     dtype: of the weights; None is what the checkpoint's embedding has, and float32 for a GGUF file.
     device: where the weights go, one tensor at a time: memory never holds the checkpoint beside the model.
     load_tokenizer: False leaves the tokenizer out, for a checkpoint whose tokenizer is not supported.
@@ -46,6 +47,8 @@ def load(
     path = Path(path_or_hub_id)
     if not path.exists():
         path = _download(os.fspath(path_or_hub_id))
+    if path.is_dir() and is_saved(path):
+        return load_saved(path, dtype, device), tokenizer_from_folder(path) if load_tokenizer else None
     if path.is_dir():
         config, stored, table = huggingface.read_folder(path)
         dtype = dtype or _stored_dtype(stored, table)
