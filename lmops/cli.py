@@ -1,4 +1,4 @@
-"""The command line: `lmops generate`, `lmops doctor`.
+"""The command line: `lmops generate`, `lmops quantize`, `lmops doctor`.
 
 An error that a user can cause is one line on standard error and exit status 2; `lmops --debug ...` shows where it came
 from.
@@ -11,6 +11,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 try:
@@ -223,6 +224,59 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"--device is {name!r}; torch finds {gpus} GPUs")
     return device
+
+
+# ---- quantize -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Option(help="A GGUF file, a Hugging Face folder or a name on the hub.")],
+    out: Annotated[Path, typer.Option(help="The folder to write, which must not be there yet.")],
+    bits: Annotated[int, typer.Option(help="Of a weight: 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 16 to 1024, or -1 for a row.")] = 128,
+    method: Annotated[str, typer.Option(help="rtn rounds to nearest; gptq and awq need --calibration.")] = "rtn",
+    calibration: Annotated[Path | None, typer.Option(help="A text like those that the model will read.")] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Read so many tokens of it.", min=1)] = 16384,
+    sequence: Annotated[int, typer.Option(help="Cut them into sequences of this length.", min=1)] = 512,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone; can be repeated.")] = None,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Without zero points.")] = False,
+    dtype: Annotated[str | None, typer.Option(help=f"Of what stays: {', '.join(DTYPES)}.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is a GPU.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+) -> None:
+    """Write a model with its linear layers in 4 or 8 bits to a folder that generate and lmops.load open.
+
+    Without --skip the head stays as it is.
+    """
+    import torch
+
+    from lmops.models import load, save
+    from lmops.quantization import quantize_model
+
+    if out.exists():
+        raise FileExistsError(f"--out is {out}, which exists already")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out is {out}, and there is no folder {out.absolute().parent}")
+    if method != "rtn" and calibration is None:
+        raise ValueError(f"--method {method} needs --calibration, a text file")
+    text = "" if calibration is None else calibration.read_text(encoding="utf-8")
+    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    network, tokenizer = load(model, dtype=torch_dtype, device=torch_device)
+    batches = None
+    if method != "rtn":
+        if tokenizer is None:
+            raise ValueError(f"{model}: the checkpoint has no tokenizer, which --calibration needs")
+        tokens = torch.tensor(tokenizer.encode(text)[:calibration_tokens])
+        batches = tokens.split(min(sequence, network.config.context_length))
+    names = quantize_model(
+        network, bits, group_size, method, calibration=batches, skip=skip or ("lm_head", "head"), symmetric=symmetric
+    )
+    save(network, tokenizer, out)
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    print(f"{out}: {len(names)} layers in {bits} bits, {size:.1f} MB", file=sys.stderr)
 
 
 # ---- doctor -------------------------------------------------------------------------------------------------------
