@@ -677,11 +677,12 @@ def redraw_kernel(
             else:
                 key = tl.where(ids == refused, float("-inf"), key)
         best, at = take_best(tl.where(x != x, float("inf"), key), start, best, at)
-    peak, token = first_of_best(best, at + lanes)
+    top, token = first_of_best(best, at + lanes)
     # nothing is left by rounding alone, where p = q: the draft's token is as good
-    same = rejected & (peak == float("-inf")) & (refused >= 0) & (refused < n_cols) & (q_peak < float("inf"))
+    same = rejected & (top == float("-inf")) & (refused >= 0) & (refused < n_cols)
+    same = same & (peak > float("-inf")) & (q_peak < float("inf"))
     token = tl.where(same, refused, token.to(tl.int64))
-    valid = good & (same | ((peak > float("-inf")) & (peak < float("inf"))))
+    valid = good & (same | ((top > float("-inf")) & (top < float("inf"))))
     token = tl.where(valid, token, 0)
     out = tl.where(positions < n, drafts, tl.where(positions == n, token, -1))
     tl.store(tokens_ptr + r * (n_drafts + 1) + positions, out, mask=positions <= n_drafts)

@@ -54,11 +54,15 @@ class Tile:
     threads: int
 
 
-def sampling_tile(n_cols: int, filters: bool) -> Tile:
-    """The tile for rows of n_cols columns. Chosen with `python -m benchmarks.compile_report`: nothing spills."""
-    cols = min(4_096 if filters and n_cols > 8_192 else 8_192, max(16, 1 << (n_cols - 1).bit_length()))
+def sampling_tile(n_cols: int, filters: bool, extras: bool = False) -> Tile:
+    """The tile for rows of n_cols columns. Chosen with `python -m benchmarks.compile_report`: nothing spills.
+
+    extras: more is loaded than the logits (bias, mask, counts), or log-probabilities are added up.
+    """
+    whole = max(16, 1 << (n_cols - 1).bit_length())
+    cols = min(whole, 4_096 if extras or (filters and n_cols > 8_192) else 8_192)
     threads = max(32, min(512, cols // 8))
-    return Tile(cols, n_cols <= cols, min(cols, 2_048), min(16_384, 1 << (n_cols - 1).bit_length()), threads)
+    return Tile(cols, n_cols <= cols, min(cols, 2_048), min(16_384, whole), threads)
 
 
 # ------------------------------------------------------------------------------------------- what may be drawn, and one
@@ -219,7 +223,8 @@ def _sample_triton(
     if n_rows == 0:
         return outputs
     filters = any(t is not None for t in per_row[1:4]) or numbers[1] > 0 or numbers[2] < 1 or numbers[3] > 0
-    tile = sampling_tile(n_cols, filters)
+    extras = n_logprobs > 0 or any(t is not None for t in (token_counts, logit_bias, allowed_mask))
+    tile = sampling_tile(n_cols, filters, extras)
     allowed = None if allowed_mask is None else allowed_mask.view(torch.uint8)
     # the logits take the place of what is not there, and are not looked at
     full = [logits, *(logits if t is None else t.expand_as(logits) for t in (logit_bias, allowed, token_counts))]
@@ -327,8 +332,8 @@ def _verify_cpu(
     noise = noise_of_all(n_cols, seeds, offsets + n[:, None], REDRAW)
     key = torch.where(greedy, x, _z(x, t) + noise)
     rejected = (n < length)[:, None] & ~greedy
-    same = torch.zeros(n_rows, dtype=torch.bool)
-    refused = torch.zeros(n_rows, dtype=torch.int64)
+    refused = torch.full((n_rows,), n_cols)
+    same = rejected[:, 0] & (x.amax(-1) > NEG_INF)
     if n_drafts:
         i = n.clamp(max=n_drafts - 1)
         refused = torch.where(known[every_row, i], d[every_row, i], n_cols)
@@ -336,13 +341,11 @@ def _verify_cpu(
             key = key.masked_fill(rejected & (torch.arange(n_cols) == refused[:, None]), NEG_INF)
         else:
             left = p[every_row, i] - q[every_row, i]
-            key = torch.where(
-                rejected,
-                torch.where(left > 1e-37, ln(left.clamp(min=1e-37)) + noise, NEG_INF).masked_fill(x.isnan(), math.nan),
-                key,
-            )
-            same = ~q[every_row, i, 0].isnan()
-        same = rejected[:, 0] & (key.amax(-1) == NEG_INF) & (refused < n_cols) & (same if q is not None else True)
+            some = ln(left.clamp(min=1e-37)).add_(noise).masked_fill_(~(left > 1e-37), NEG_INF)
+            key = torch.where(rejected, some.masked_fill_(x.isnan(), math.nan), key)
+            same &= ~q[every_row, i, 0].isnan()
+    # nothing is left by rounding alone, where p = q: the draft's token is as good
+    same &= (key.amax(-1) == NEG_INF) & (refused < n_cols)
     valid = same | (key.amax(-1) > NEG_INF)
     token = torch.where(same, refused, key.argmax(-1)).masked_fill(~valid, 0)
     position = torch.arange(n_drafts + 1)
@@ -657,6 +660,8 @@ def _per_row(name: str, value: float | Tensor, batch: Tensor, *, floating: bool)
 
 def _int64(name: str, value: int) -> int:
     """A number of at most 64 bits, as int64 holds it."""
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer or a tensor of them, got {value}")
     if not -(1 << 63) <= value < 1 << 64:
         raise ValueError(f"{name} must have at most 64 bits, got {value}")
     return value if value < 1 << 63 else value - (1 << 64)

@@ -29,7 +29,7 @@ GREEDY_BELOW = 1e-5  # temperatures under it count as 0
 
 def polynomial(t: Tensor, coefficients: Sequence[float]) -> Tensor:
     """By Horner's rule, the highest power's coefficient first."""
-    y = t * coefficients[0] + coefficients[1]
+    y = (t * coefficients[0]).add_(coefficients[1])
     for c in coefficients[2:]:
         y.mul_(t).add_(c)
     return y
@@ -38,11 +38,11 @@ def polynomial(t: Tensor, coefficients: Sequence[float]) -> Tensor:
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """Exponent e (int32) and t of a positive normal float32 x = 2^e (1 + t), with 1 + t from sqrt(1/2) to sqrt(2)."""
     bits = x.view(torch.int32) - SQRT_HALF
-    return bits >> 23, ((bits & 0x7FFFFF) + SQRT_HALF).view(torch.float32) - 1
+    return bits >> 23, bits.bitwise_and_(0x7FFFFF).add_(SQRT_HALF).view(torch.float32).sub_(1)
 
 
 def ln_of_split(e: Tensor, t: Tensor) -> Tensor:
-    return e.float() * LN2 + t * (polynomial(t, Q) * t + 1)
+    return e.float().mul_(LN2).add_(polynomial(t, Q).mul_(t).add_(1).mul_(t))
 
 
 def ln(x: Tensor) -> Tensor:
@@ -69,10 +69,10 @@ def gumbel(word: Tensor) -> Tensor:
 
     From -3.13 to 22.87. The largest come from u near 1, where ln u is taken of 1 - u, which has all its digits.
     """
-    u = (word.float() + 0.5) * 2.0**-32
-    rest = ((word ^ WORD).float() + 0.5) * 2.0**-32
+    u = word.float().add_(0.5).mul_(2.0**-32)
+    minus_rest = (word ^ WORD).float().add_(0.5).mul_(-(2.0**-32))
     e, t = split(u)
-    return -ln(-ln_of_split(e, torch.where(e == 0, -rest, t)))
+    return ln(ln_of_split(e, torch.where(e == 0, minus_rest, t)).neg_()).neg_()
 
 
 def noise(ids: Tensor, seed: Tensor, offset: Tensor, stream: int) -> Tensor:
