@@ -608,6 +608,7 @@ def accept_kernel(
         peak, _, share = draft_weights(ptr, draft_strides[2], n_cols, scale, BLOCK)
         x = tl.load(ptr + token * draft_strides[2], mask=known, other=float("-inf")).to(tl.float32)
         q = probability(tl.where(x > LARGEST, LARGEST, x), peak, share, scale)
+        known = known & (peak < float("inf"))
         tl.store(sums + 2, peak)
         tl.store(sums + 3, share)
     word, _, _, _ = words(tl.program_id(0) * 0, seed, offset, 1)

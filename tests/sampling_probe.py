@@ -1,4 +1,4 @@
-"""Kernels that show the arithmetic of kernels/sampling.py by itself; a test imports them, in the mode that it runs in."""
+"""The arithmetic of kernels/sampling.py by itself, as kernels; a test imports them, in the mode that it runs in."""
 
 import triton
 import triton.language as tl
