@@ -275,6 +275,16 @@ def test_evicted_neighbours_are_a_run_again():
     assert [allocator.find(key) for key in "abcdef"] == [0, 1, 2, None, None, None]
 
 
+def test_a_block_keeps_the_key_that_it_was_given_first():
+    allocator = BlockAllocator(4, 4)
+    seq = allocator.allocate(8)
+    twin = allocator.fork(seq)
+    for s, key in ((seq, "a"), (twin, "b"), (allocator.allocate(4), "a")):
+        allocator.add_key(s, key)
+    assert [allocator.find(key) for key in "ab"] == [0, None]
+    allocator.check_integrity()
+
+
 # ---- check_integrity sees what it is for
 
 
