@@ -681,9 +681,10 @@ def redraw_kernel(
     top, token = first_of_best(best, at + lanes)
     # nothing is left by rounding alone, where p = q: the draft's token is as good
     same = rejected & (top == float("-inf")) & (refused >= 0) & (refused < n_cols)
-    same = same & (peak > float("-inf")) & (q_peak < float("inf"))
+    same = same & (peak > float("-inf"))
     token = tl.where(same, refused, token.to(tl.int64))
-    valid = good & (same | ((top > float("-inf")) & (top < float("inf"))))
+    # q_peak is inf where the draft's logits have NaN: then nothing can be drawn
+    valid = good & (q_peak < float("inf")) & (same | ((top > float("-inf")) & (top < float("inf"))))
     token = tl.where(valid, token, 0)
     out = tl.where(positions < n, drafts, tl.where(positions == n, token, -1))
     tl.store(tokens_ptr + r * (n_drafts + 1) + positions, out, mask=positions <= n_drafts)
