@@ -167,7 +167,8 @@ class QuantLinear(nn.Linear):
         """x (..., in_features) -> (..., out_features) in x's dtype, under autocast in autocast's."""
         kind = x.device.type
         if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+            with torch.autocast(kind, enabled=False):  # so that products inside stay in float32
+                return self.forward(x.to(torch.get_autocast_dtype(kind)))
         if cpu_weight_helps(x, self.packed, self.bias):
             if self._cpu_weight is None:
                 self._cpu_weight = CPUWeight(self.quantized)
