@@ -230,6 +230,17 @@ def test_writing_into_a_truncated_block_ends_what_it_was_found_for():
     allocator.check_integrity()
 
 
+def test_n_cached_follows_the_sequence():
+    allocator, cache = new_cache()
+    computed(cache, range(12))
+    seq = cache.allocate(range(12))
+    assert allocator.fork(seq).n_cached == 8
+    back, _ = allocator.swap_in(allocator.swap_out(seq)[1])
+    assert back.n_cached == 8
+    allocator.truncate(back, 5)
+    assert back.n_cached == 5
+
+
 def test_swapped_sequences_find_their_blocks_again():
     allocator, cache = new_cache()
     tokens = list(range(11))
