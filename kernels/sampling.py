@@ -5,7 +5,8 @@ compiled without contraction of products and sums: the CPU implementation draws 
 are only used for log-probabilities and for bounds with a margin.
 
 "Slots": a loop over tiles of BLOCK columns keeps, for each of BLOCK slots, what it needs of the columns slot,
-slot + BLOCK, ...; the slots are put together once, behind the loop.
+slot + BLOCK, ...; the slots are put together once, behind the loop. The "list": values and ids of the tokens that the
+filters may keep, in ascending order of ids, which a program writes to memory of its own and searches there.
 """
 
 import triton
@@ -211,35 +212,25 @@ def draw_unfiltered(
 
 
 @triton.jit
-def entries(
-    list_ptrs, row_ptrs, col_strides, penalties, start, lanes, n,
-    LIST: tl.constexpr, BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr,
-):  # fmt: skip
-    """x of entries start + lanes, of the list or else of the row itself."""
-    if LIST:
-        x = tl.load(list_ptrs[0] + start + lanes, mask=start + lanes < n, other=float("-inf"))
-    else:
-        _, x = load_tile(row_ptrs, col_strides, penalties, start, lanes, n, BIAS, ALLOWED, COUNTS)
-    return x
+def keeps(x, ids, key, last, peak, scale, least):
+    """Which tokens belong to the prefix that ends with the token `last`, of this key, and are not below min-p."""
+    keys = order_key(x)
+    above = (keys > key) | ((keys == key) & (ids <= last))
+    return above & ((x - peak) * scale >= least) & (x > float("-inf"))
 
 
 @triton.jit
-def threshold(
-    list_ptrs, row_ptrs, col_strides, penalties, n, lo, hi, goal, peak, scale, BY_MASS: tl.constexpr,
-    LIST: tl.constexpr, BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def threshold(values_ptr, n, lo, hi, goal, peak, scale, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest key from lo to hi (int64) such that what has it or a larger one counts, or weighs, at least `goal`.
 
-    lo where there is none.
+    lo where there is none. values: the n entries of the list.
     """
     lanes = tl.arange(0, BLOCK)
     while lo < hi:
         middle = hi - ((hi - lo) >> 1)
         total = tl.zeros((BLOCK,), tl.int64)
         for start in range(0, n, BLOCK):
-            x = entries(
-                list_ptrs, row_ptrs, col_strides, penalties, start, lanes, n, LIST, BIAS, ALLOWED, COUNTS
-            )  # fmt: skip
+            x = tl.load(values_ptr + start + lanes, mask=start + lanes < n, other=float("-inf"))
             measure = weigh((x - peak) * scale) if BY_MASS else 1
             total += tl.where(order_key(x) >= middle, measure, 0)
         if tl.sum(total, 0) >= goal:
@@ -250,17 +241,14 @@ def threshold(
 
 
 @triton.jit
-def tally(
-    list_ptrs, row_ptrs, col_strides, penalties, n, key, peak, scale,
-    LIST: tl.constexpr, BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def tally(values_ptr, n, key, peak, scale, BLOCK: tl.constexpr):
     """How many entries are above `key`, how many equal it, what those above weigh, and what one that equals it does."""
     lanes = tl.arange(0, BLOCK)
     above = tl.zeros((BLOCK,), tl.int32)
     equal = tl.zeros((BLOCK,), tl.int32)
     mass = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, n, BLOCK):
-        x = entries(list_ptrs, row_ptrs, col_strides, penalties, start, lanes, n, LIST, BIAS, ALLOWED, COUNTS)
+        x = tl.load(values_ptr + start + lanes, mask=start + lanes < n, other=float("-inf"))
         keys = order_key(x)
         above += (keys > key).to(tl.int32)
         equal += (keys == key).to(tl.int32)
@@ -271,11 +259,9 @@ def tally(
 
 @triton.jit
 def choose(
-    list_ptrs, row_ptrs, col_strides, penalties, n, lo, peak, scale, inverse, use_k, use_p, top_k, top_p, least, total,
-    seed, offset,
-    LIST: tl.constexpr, BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The exact prefix among n entries, in ascending order of ids, and the token drawn from it.
+    list_ptrs, n, lo, peak, scale, inverse, use_k, use_p, top_k, top_p, least, total, seed, offset, BLOCK: tl.constexpr
+):
+    """The exact prefix among the n entries of the list, which stand in ascending order of ids, and a token from it.
 
     total: the mass of the row, for use_p without use_k. Returns the token, and of the prefix the key of its last token,
     and the id of the last token that has that key.
@@ -284,24 +270,14 @@ def choose(
     key = lo.to(tl.int64)
     ties = hi * 0 + NO_ID  # how many tokens that equal the key are kept
     if use_k:
-        key = threshold(
-            list_ptrs, row_ptrs, col_strides, penalties, n, key, hi, top_k.to(tl.int64), peak, scale, False,
-            LIST, BIAS, ALLOWED, COUNTS, BLOCK,
-        )  # fmt: skip
-        above, equal, mass, one = tally(
-            list_ptrs, row_ptrs, col_strides, penalties, n, key, peak, scale, LIST, BIAS, ALLOWED, COUNTS, BLOCK
-        )
+        key = threshold(list_ptrs[0], n, key, hi, top_k.to(tl.int64), peak, scale, False, BLOCK)
+        above, equal, mass, one = tally(list_ptrs[0], n, key, peak, scale, BLOCK)
         ties = tl.minimum(top_k.to(tl.int64) - above, equal)
         total = mass + ties * one
     if use_p:
         target = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
-        key = threshold(
-            list_ptrs, row_ptrs, col_strides, penalties, n, key, hi, target, peak, scale, True,
-            LIST, BIAS, ALLOWED, COUNTS, BLOCK,
-        )  # fmt: skip
-        above, equal, mass, one = tally(
-            list_ptrs, row_ptrs, col_strides, penalties, n, key, peak, scale, LIST, BIAS, ALLOWED, COUNTS, BLOCK
-        )
+        key = threshold(list_ptrs[0], n, key, hi, target, peak, scale, True, BLOCK)
+        above, equal, mass, one = tally(list_ptrs[0], n, key, peak, scale, BLOCK)
         one = tl.maximum(one, 1)
         ties = tl.minimum((target - mass + one - 1) // one, equal)
 
@@ -311,20 +287,15 @@ def choose(
     last_tie = tl.full((BLOCK,), -1, tl.int32)
     seen = ties * 0
     for start in range(0, n, BLOCK):
-        x = entries(list_ptrs, row_ptrs, col_strides, penalties, start, lanes, n, LIST, BIAS, ALLOWED, COUNTS)
-        if LIST:
-            ids = tl.load(list_ptrs[1] + start + lanes, mask=start + lanes < n, other=0)
-            noise = noise_of_ids(ids, seed, offset, 0)
-        else:
-            ids = start + lanes
-            noise = noise_of_tile(start, seed, offset, 0, BLOCK)
+        x = tl.load(list_ptrs[0] + start + lanes, mask=start + lanes < n, other=float("-inf"))
+        ids = tl.load(list_ptrs[1] + start + lanes, mask=start + lanes < n, other=0)
         keys = order_key(x)
         tie = (keys == key).to(tl.int32)
-        tie = tl.where(tl.cumsum(tie, 0) + seen <= ties, tie, 0)
-        seen += tl.sum((keys == key).to(tl.int32), 0)
-        keep = ((keys > key) | (tie > 0)) & ((x - peak) * scale >= least)
-        best, best_id = take_best(tl.where(keep, noisy(x, noise, inverse), float("-inf")), ids, best, best_id)
-        last_tie = tl.where(tie > 0, ids, last_tie)
+        last_tie = tl.where((tie > 0) & (tl.cumsum(tie, 0) + seen <= ties), ids, last_tie)
+        seen += tl.sum(tie, 0)
+        key_of_draw = noisy(x, noise_of_ids(ids, seed, offset, 0), inverse)
+        keep = keeps(x, ids, key, tl.max(last_tie, 0), peak, scale, least)
+        best, best_id = take_best(tl.where(keep, key_of_draw, float("-inf")), ids, best, best_id)
     _, token = first_of_best(best, best_id)
     return token, key.to(tl.int32), tl.max(last_tie, 0)
 
@@ -349,14 +320,14 @@ def cut_of_slots(slot, slot_mass, goal, by_k, top):
 
 
 @triton.jit
-def select(x, start, lanes, count, peak, scale, cut, least, list_ptrs, CAP: tl.constexpr):
+def select(x, start, lanes, count, peak, scale, cut, least, list_ptrs):
     """Append to the list what of a tile may be kept, in the order of ids; how many entries there were by now."""
     chosen = (order_key(x) >= cut) & ((x - peak) * scale >= least) & (x > float("-inf"))
     found = tl.sum(chosen.to(tl.int32), 0)
     if found > 0:
         place = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(list_ptrs[0] + place, x, mask=chosen & (place < CAP))
-        tl.store(list_ptrs[1] + place, start + lanes, mask=chosen & (place < CAP))
+        tl.store(list_ptrs[0] + place, x, mask=chosen)
+        tl.store(list_ptrs[1] + place, start + lanes, mask=chosen)
     return count + found
 
 
@@ -364,7 +335,7 @@ def select(x, start, lanes, count, peak, scale, cut, least, list_ptrs, CAP: tl.c
 def draw_filtered(
     list_ptrs, row_ptrs, col_strides, penalties, n_cols, scale, inverse, top_k, top_p, min_p, seed, offset,
     BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, LOGPROBS: tl.constexpr, FITS: tl.constexpr,
-    BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, CAP: tl.constexpr,
+    BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `draw_unfiltered`, from the tokens that the filters keep, with a 0 for the key of a row that has a token.
 
@@ -407,38 +378,23 @@ def draw_filtered(
     count = cut * 0
     if FITS:
         total = tl.sum(weigh((x - peak) * scale), 0)
-        count = select(x, 0, lanes, count, peak, scale, cut, bound, list_ptrs, CAP)
+        count = select(x, 0, lanes, count, peak, scale, cut, bound, list_ptrs)
     else:
         mass = tl.zeros((BLOCK,), tl.int64)
         for start in range(0, n_cols, BLOCK):
             _, x = load_tile(row_ptrs, col_strides, penalties, start, lanes, n_cols, BIAS, ALLOWED, COUNTS)
             if use_p & (use_k == 0):
                 mass += weigh((x - peak) * scale)
-            count = select(x, start, lanes, count, peak, scale, cut, bound, list_ptrs, CAP)
+            count = select(x, start, lanes, count, peak, scale, cut, bound, list_ptrs)
         total = tl.sum(mass, 0)
     tl.debug_barrier()
     valid = (z == z) & (z > 0)
     if valid == 0:
         count = cut * 0
-    if FITS or count <= CAP:
-        token, key, last = choose(
-            list_ptrs, row_ptrs, col_strides, penalties, count, cut, peak, scale, inverse,
-            use_k, use_p, top_k, top_p, least, total, seed, offset, True, BIAS, ALLOWED, COUNTS, LIST_BLOCK,
-        )  # fmt: skip
-    else:
-        token, key, last = choose(
-            list_ptrs, row_ptrs, col_strides, penalties, n_cols, cut, peak, scale, inverse,
-            use_k, use_p, top_k, top_p, least, total, seed, offset, False, BIAS, ALLOWED, COUNTS, LIST_BLOCK,
-        )  # fmt: skip
+    token, key, last = choose(
+        list_ptrs, count, cut, peak, scale, inverse, use_k, use_p, top_k, top_p, least, total, seed, offset, LIST_BLOCK
+    )
     return tl.where(valid, 0.0, float("-inf")), token, raw_m, raw_l, key, last, peak, least
-
-
-@triton.jit
-def keeps(x, ids, key, last, peak, scale, least):
-    """Which tokens belong to the prefix that ends with the token `last`, of this key, and are not below min-p."""
-    keys = order_key(x)
-    above = (keys > key) | ((keys == key) & (ids <= last))
-    return above & ((x - peak) * scale >= least) & (x > float("-inf"))
 
 
 @triton.jit
@@ -464,21 +420,22 @@ def row_filters(parameters, row, strides, n_cols):
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
-@triton.jit(do_not_specialize=("seed", "offset"))
+@triton.jit(do_not_specialize=("seed", "offset", "first_row"))
 def sample_kernel(
     logits_ptr, bias_ptr, allowed_ptr, counts_ptr, tokens_ptr, valid_ptr, logprobs_ptr, lse_ptr, values_ptr, ids_ptr,
-    parameters, seed, offset, n_cols, row_strides, col_strides, parameter_strides,
+    parameters, seed, offset, first_row, n_cols, row_strides, col_strides, parameter_strides,
     BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, FILTERS: tl.constexpr, LOGPROBS: tl.constexpr,
-    FITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, CAP: tl.constexpr,
+    FITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """token = argmax of x / temperature + Gumbel noise over what top-k, top-p and min-p keep, x the adjusted logits.
 
     logits, bias, allowed (uint8), counts: (B, V) with any strides, of which row_strides and col_strides have one each.
     parameters: temperature, top_k, top_p, min_p and the three penalties, each a number or a pointer to (B,); seed and
     offset likewise; parameter_strides: one each. tokens (B,) int64, valid (B,) uint8, logprobs and lse (B,) float32.
-    values, ids: (B, CAP) to write what may be kept. FILTERS: rows may have filters. FITS: V <= BLOCK.
+    values, ids: (programs, V) to write what may be kept; programs take the rows from first_row on. FILTERS: rows may
+    have filters. FITS: V <= BLOCK.
     """
-    row = tl.program_id(0)
+    row = first_row + tl.program_id(0)
     r = row.to(tl.int64)
     row_ptrs = (
         logits_ptr + r * row_strides[0], bias_ptr + r * row_strides[1], allowed_ptr + r * row_strides[2],
@@ -495,11 +452,12 @@ def sample_kernel(
     if FILTERS:
         top_k, top_p, min_p = row_filters(parameters, row, parameter_strides, n_cols)
         if (greedy == 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
-            list_ptrs = (values_ptr + r * CAP, ids_ptr + r * CAP)
+            listed = tl.program_id(0).to(tl.int64) * n_cols
+            list_ptrs = (values_ptr + listed, ids_ptr + listed)
             peak, token, m, l, _, _, _, _ = draw_filtered(
                 list_ptrs, row_ptrs, col_strides, penalties, n_cols, scale, inverse,
                 top_k, top_p, min_p, seed, offset,
-                BIAS, ALLOWED, COUNTS, LOGPROBS, FITS, BLOCK, LIST_BLOCK, CAP,
+                BIAS, ALLOWED, COUNTS, LOGPROBS, FITS, BLOCK, LIST_BLOCK,
             )  # fmt: skip
         else:
             peak, token, m, l = draw_unfiltered(
@@ -523,27 +481,29 @@ def sample_kernel(
         tl.store(logprobs_ptr + row, chosen - lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first_row",))
 def filter_kernel(
-    logits_ptr, out_ptr, values_ptr, ids_ptr, parameters, n_cols, row_strides, col_strides, parameter_strides,
-    FITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, CAP: tl.constexpr,
+    logits_ptr, out_ptr, values_ptr, ids_ptr, parameters, first_row, n_cols,
+    row_strides, col_strides, parameter_strides,
+    FITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = logits with -inf in place of what top-k, top-p and min-p do not keep; a bad row is -inf throughout.
 
     parameters: temperature, top_k, top_p, min_p; these, values, ids and FITS as in `sample_kernel`.
     """
-    row = tl.program_id(0)
+    row = first_row + tl.program_id(0)
     r = row.to(tl.int64)
     ptr = logits_ptr + r * row_strides[0]
     row_ptrs, strides, penalties = (ptr, ptr, ptr, ptr), (col_strides[0], 0, 0, 0), (1.0, 0.0, 0.0)
     good, greedy, inverse, scale = row_temperature(parameters[0], row, parameter_strides[0])
     top_k, top_p, min_p = row_filters(parameters, row, parameter_strides, n_cols)
-    list_ptrs = (values_ptr + r * CAP, ids_ptr + r * CAP)
+    listed = tl.program_id(0).to(tl.int64) * n_cols
+    list_ptrs = (values_ptr + listed, ids_ptr + listed)
     none = r * 0
     state, _, _, _, key, last, peak, least = draw_filtered(
         list_ptrs, row_ptrs, strides, penalties, n_cols, scale, inverse,
         tl.where(greedy, 1, top_k), tl.where(greedy, 1.0, top_p), tl.where(greedy, 0.0, min_p), none, none,
-        False, False, False, False, FITS, BLOCK, LIST_BLOCK, CAP,
+        False, False, False, False, FITS, BLOCK, LIST_BLOCK,
     )  # fmt: skip
     least = tl.where(good & (state == 0), least, float("inf"))  # what a bad row keeps is nothing
     lanes = tl.arange(0, BLOCK)

@@ -30,6 +30,7 @@ INTS = (torch.int32, torch.int64)
 MAX_COLS = 1 << 22  # sums of weights of at most 2^40 each stay inside int64
 DRAW, ACCEPT, REDRAW = 0, 1, 2  # streams of random numbers, which share nothing
 ROWS_AT_ONCE = 1 << 20  # elements, on a CPU
+LISTS_AT_ONCE = 1 << 24  # entries of 8 bytes: 128 MiB, more than 100 rows of any usual vocabulary
 
 
 class Sample(NamedTuple):
@@ -44,13 +45,11 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """Columns that a program takes at a time, and whether that is all; entries of its list that it takes at a time, and
-    that the list has; its threads."""
+    """Columns that a program takes at a time, and whether that is all; entries of its list at a time; its threads."""
 
     cols: int
     fits: bool
     list_cols: int
-    cap: int
     threads: int
 
 
@@ -62,7 +61,7 @@ def sampling_tile(n_cols: int, filters: bool, extras: bool = False) -> Tile:
     whole = max(16, 1 << (n_cols - 1).bit_length())
     cols = min(whole, 4_096 if extras or (filters and n_cols > 8_192) else 8_192)
     threads = max(32, min(512, cols // 8))
-    return Tile(cols, n_cols <= cols, min(cols, 2_048), min(16_384, whole), threads)
+    return Tile(cols, n_cols <= cols, min(cols, 2_048), threads)
 
 
 # ------------------------------------------------------------------------------------------- what may be drawn, and one
@@ -228,21 +227,25 @@ def _sample_triton(
     allowed = None if allowed_mask is None else allowed_mask.view(torch.uint8)
     # the logits take the place of what is not there, and are not looked at
     full = [logits, *(logits if t is None else t.expand_as(logits) for t in (logit_bias, allowed, token_counts))]
+    strides = (
+        tuple(t.stride(0) for t in full),
+        tuple(t.stride(1) for t in full),
+        tuple(0 if t is None else t.stride(0) for t in per_row),
+    )
     lse = torch.empty_like(logprobs)
     *parameters, seeds, offsets = (
         number if tensor is None else tensor for tensor, number in zip(per_row, [*numbers, seed, offset], strict=True)
     )
-    sample_kernel[(n_rows,)](
-        *full, tokens, valid.view(torch.uint8), logprobs, lse, *_list_like(logits, tile, filters),
-        tuple(parameters), seeds, offsets, n_cols,
-        tuple(t.stride(0) for t in full),
-        tuple(t.stride(1) for t in full),
-        tuple(0 if t is None else t.stride(0) for t in per_row),
-        BIAS=logit_bias is not None, ALLOWED=allowed is not None, COUNTS=token_counts is not None, FILTERS=filters,
-        LOGPROBS=n_logprobs > 0, FITS=tile.fits, BLOCK=tile.cols, LIST_BLOCK=tile.list_cols, CAP=tile.cap,
-        num_warps=max(1, tile.threads // warp_size()),
-        enable_fp_fusion=False,  # products and sums are rounded one by one, as on a CPU
-    )  # fmt: skip
+    at_once, lists = _lists(logits) if filters else (n_rows, (lse, lse))
+    for first in range(0, n_rows, at_once):
+        sample_kernel[(min(at_once, n_rows - first),)](
+            *full, tokens, valid.view(torch.uint8), logprobs, lse, *lists, tuple(parameters), seeds, offsets,
+            first, n_cols, *strides,
+            BIAS=logit_bias is not None, ALLOWED=allowed is not None, COUNTS=token_counts is not None, FILTERS=filters,
+            LOGPROBS=n_logprobs > 0, FITS=tile.fits, BLOCK=tile.cols, LIST_BLOCK=tile.list_cols,
+            num_warps=max(1, tile.threads // warp_size()),
+            enable_fp_fusion=False,  # products and sums are rounded one by one, as on a CPU
+        )  # fmt: skip
     if n_logprobs:
         top, ids = logits.topk(n_logprobs)
         top_tokens.copy_(ids)
@@ -250,10 +253,12 @@ def _sample_triton(
     return outputs
 
 
-def _list_like(logits: Tensor, tile: Tile, filters: bool) -> tuple[Tensor, Tensor]:
-    """Where the kernels write what may be kept: values and ids, (B, tile.cap)."""
-    shape = (logits.shape[0], tile.cap) if filters else (0,)
-    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+def _lists(logits: Tensor) -> tuple[int, tuple[Tensor, Tensor]]:
+    """How many rows a launch with filters takes, and where its programs write what may be kept: values and ids."""
+    n_rows, n_cols = logits.shape
+    at_once = max(1, min(n_rows, LISTS_AT_ONCE // n_cols))
+    shape = (at_once, n_cols)
+    return at_once, (logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32))
 
 
 def _filter_cpu(logits: Tensor, per_row: Parameters, numbers: Sequence[float]) -> Tensor:
@@ -289,14 +294,16 @@ def _filter_triton(logits: Tensor, per_row: Parameters, numbers: Sequence[float]
     if n_rows == 0:
         return out
     tile = sampling_tile(n_cols, filters=True)
-    filter_kernel[(n_rows,)](
-        logits, out, *_list_like(logits, tile, True),
-        tuple(number if tensor is None else tensor for tensor, number in zip(per_row, numbers, strict=True)),
-        n_cols, (logits.stride(0), out.stride(0)), (logits.stride(1), out.stride(1)),
-        tuple(0 if t is None else t.stride(0) for t in per_row),
-        FITS=tile.fits, BLOCK=tile.cols, LIST_BLOCK=tile.list_cols, CAP=tile.cap,
-        num_warps=max(1, tile.threads // warp_size()), enable_fp_fusion=False,
-    )  # fmt: skip
+    at_once, lists = _lists(logits)
+    parameters = tuple(n if t is None else t for t, n in zip(per_row, numbers, strict=True))
+    for first in range(0, n_rows, at_once):
+        filter_kernel[(min(at_once, n_rows - first),)](
+            logits, out, *lists, parameters, first, n_cols,
+            (logits.stride(0), out.stride(0)), (logits.stride(1), out.stride(1)),
+            tuple(0 if t is None else t.stride(0) for t in per_row),
+            FITS=tile.fits, BLOCK=tile.cols, LIST_BLOCK=tile.list_cols,
+            num_warps=max(1, tile.threads // warp_size()), enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 
@@ -583,7 +590,7 @@ def verify_draft(
 
     Returns a Verified: tokens (B, K + 1) int64, the accepted drafts and then the drawn token, -1 behind it; counts (B,)
     int64, how many drafts were accepted; valid (B,) bool, False where the last token could not be drawn, because its
-    logits have NaN or nothing but -inf, and is 0.
+    logits, or the draft's, have NaN, or nothing but -inf, and is 0.
     Raises ValueError or TypeError as `lmops.sample` does.
     """
     if target_logits.ndim != 3:
