@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lmops.models.gpt import GPT, GPTConfig
+from lmops.quantization import JoinedLinear, QuantEmbedding, QuantizedTensor, QuantLinear
+from lmops.quantization.checkpoints import join_rows, reorder_rows
 
 
 class CheckpointError(ValueError):
@@ -36,13 +38,19 @@ def naming(source: Path, what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint, not read yet. `read` gives it as a CPU tensor of `shape` and `dtype`."""
+    """One tensor of a checkpoint, not read yet. `read` gives it as a CPU tensor of `shape` and `dtype`.
+
+    quantized: gives it as it is stored, where that is quantized.
+    zeros_mean_none: it may be there, all zeros, for a parameter that the model doesn't have.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
     file: Path
+    quantized: Callable[[], QuantizedTensor] | None = None
+    zeros_mean_none: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,7 @@ def build_model(
     """A `GPT` of `config` with the weights of a checkpoint, in evaluation mode.
 
     The model starts on the meta device, so memory holds the parameters in `dtype` on `device` and one stored tensor.
+    A matrix all of whose tensors are `quantized` becomes a layer with that weight; any other is a parameter.
 
     stored: the tensors of the checkpoint, without those that hold no weights.
     table: the names of the architecture. An entry whose parameter this model doesn't have (a bias) is left out.
@@ -109,21 +118,25 @@ def build_model(
         model = GPT(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     targets = {name: t for name, t in expand(table, config.n_layers).items() if t.parameter in parameters}
+    stored = [t for t in stored if t.name in targets or not (t.zeros_mean_none and not t.read().any())]
+    for tensor in stored:  # quantizers keep (n_out, n_in) of a weight, also where the format's plain one is transposed
+        if tensor.quantized is not None and tensor.name in targets and targets[tensor.name].layout == "transposed":
+            targets[tensor.name] = replace(targets[tensor.name], layout="")
     _check(stored, targets, parameters, config, source)
+    kept = _fill_quantized(model, stored, targets, config, dtype, device)
     _allocate(model, dtype, device)
+    stored = [tensor for tensor in stored if tensor.name not in kept]
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    filled: dict[tuple[int, str], str] = {}
+    filled: dict[tuple[int, str], StoredTensor] = {}
     for tensor in stored:
         target = targets[tensor.name]
         rows = parameters[target.parameter].data[_rows(target, parameters[target.parameter], config)]
         slot = (id(parameters[target.parameter]), target.part)
         if slot not in filled:
             _copy(rows, tensor.read(), target.layout, config.head_dim)
-            filled[slot] = tensor.name
+            filled[slot] = tensor
         elif not torch.equal(rows, tensor.read().to(rows)):
-            raise CheckpointError(
-                f"{tensor.file}: tensors {filled[slot]!r} and {tensor.name!r} differ, but the configuration ties them"
-            )
+            raise _differ(filled[slot], tensor)
     return model.eval()
 
 
@@ -189,6 +202,70 @@ def _stored_shape(target: Target, parameter: Tensor, config: GPTConfig) -> tuple
     rows = _rows(target, parameter, config)
     shape = (rows.stop - rows.start, *parameter.shape[1:])
     return shape[::-1] if target.layout == "transposed" else shape
+
+
+_PARTS = ("", "q", "k", "v", "gate", "up")  # in the order of their rows
+
+
+def _fill_quantized(
+    model: GPT,
+    stored: Sequence[StoredTensor],
+    targets: Mapping[str, Target],
+    config: GPTConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> set[str]:
+    """Replace the layers of a meta model all of whose weight is stored quantized; the names of the tensors used."""
+    sources: dict[int, list[StoredTensor]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for tensor in sorted(stored, key=lambda tensor: _PARTS.index(targets[tensor.name].part)):
+        sources.setdefault(id(parameters[targets[tensor.name].parameter]), []).append(tensor)
+    sources = {key: tensors for key, tensors in sources.items() if all(t.quantized is not None for t in tensors)}
+    layers: dict[int, QuantLinear | JoinedLinear] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or id(module.weight) not in sources:
+            continue
+        key = id(module.weight)
+        if key not in layers:
+            weights = _read_quantized(sources[key], targets, config, device)
+            joined = join_rows(weights)
+            parts = [QuantLinear.from_quantized(w, dtype=dtype) for w in ([joined] if joined else weights)]
+            layers[key] = parts[0] if joined else JoinedLinear(parts)
+        layer = layers[key]
+        parent, _, name = path.rpartition(".")
+        if isinstance(module, nn.Linear):
+            layer.bias = module.bias  # still on the meta device
+            setattr(model.get_submodule(parent), name, layer)
+        else:
+            assert isinstance(layer, QuantLinear), f"{path} has parts"
+            setattr(model.get_submodule(parent), name, QuantEmbedding(layer))
+    return {tensor.name for tensors in sources.values() for tensor in tensors}
+
+
+def _read_quantized(
+    tensors: Sequence[StoredTensor], targets: Mapping[str, Target], config: GPTConfig, device: torch.device | str
+) -> list[QuantizedTensor]:
+    """The weights of the parts of a layer, in the order of their rows and with Hugging Face's order in them."""
+    weights: dict[str, QuantizedTensor] = {}
+    first: dict[str, StoredTensor] = {}
+    for tensor in tensors:
+        target = targets[tensor.name]
+        assert tensor.quantized is not None
+        weight = tensor.quantized()
+        if target.layout == "interleaved":
+            order = torch.arange(len(weight.scales.T)).unflatten(0, (-1, config.head_dim // 2, 2))
+            weight = reorder_rows(weight, order.transpose(1, 2).flatten())
+        if target.part not in weights:
+            weights[target.part], first[target.part] = weight.to(device), tensor
+        elif not torch.equal(weight.dequantize(), weights[target.part].to("cpu").dequantize()):
+            raise _differ(first[target.part], tensor)
+    return list(weights.values())
+
+
+def _differ(first: StoredTensor, second: StoredTensor) -> CheckpointError:
+    return CheckpointError(
+        f"{second.file}: tensors {first.name!r} and {second.name!r} differ, but the configuration ties them"
+    )
 
 
 def _allocate(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:

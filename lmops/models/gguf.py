@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import Tensor
 from lmops.models.checkpoint import CheckpointError, NameTable, StoredTensor, Target, naming
 from lmops.models.extras import require
 from lmops.models.gpt import GPTConfig, RopeScaling
+from lmops.quantization import QuantizedTensor
+from lmops.quantization.checkpoints import GGUF_BLOCKS, from_gguf, join_rows
+from lmops.reference.quantization import row_chunks
 
 SUPPORTED_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
@@ -53,7 +57,9 @@ class GGUFFile:
             )
         shape = tuple(int(size) for size in reversed(tensor.shape))  # the file lists the fastest dimension first
         read = _Reader(self.path, shape, kind, int(tensor.data_offset), int(tensor.n_bytes))
-        return StoredTensor(tensor.name, shape, read.dtype, read, self.path)
+        kept = len(shape) == 2 and kind.name in GGUF_BLOCKS
+        quantized = partial(read.quantized, tensor.name) if kept else None
+        return StoredTensor(tensor.name, shape, read.dtype, read, self.path, quantized)
 
 
 _PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -73,9 +79,27 @@ class _Reader:
     def dtype(self) -> torch.dtype:
         return _PLAIN_TYPES.get(self.kind.name, torch.float32)
 
+    def _raw(self) -> np.ndarray:
+        return np.fromfile(self.path, dtype=np.uint8, count=self.n_bytes, offset=self.offset)
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """The tensor as it is stored, for the types of `GGUF_BLOCKS`."""
+        n_out, n_in = self.shape
+        with naming(self.path, f"tensor {name!r}"):
+            return from_gguf(torch.from_numpy(self._raw()), self.kind.name, (n_out, n_in), name)
+
+    def requantized(self, name: str) -> QuantizedTensor:
+        """The tensor rounded to 8 bits in groups of 32."""
+        weight = self()
+        with naming(self.path, f"tensor {name!r}"):
+            chunks = [weight[rows] for rows in row_chunks(*weight.shape)]
+            joined = join_rows([QuantizedTensor.quantize(w, 8, 32, scale_dtype=torch.float16) for w in chunks])
+            assert joined is not None
+            return joined
+
     def __call__(self) -> Tensor:
         gguf = require("gguf", "models")
-        raw = np.fromfile(self.path, dtype=np.uint8, count=self.n_bytes, offset=self.offset)
+        raw = self._raw()
         if self.kind.name in _PLAIN_TYPES:
             return torch.from_numpy(raw).view(self.dtype).view(self.shape)
         block, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
@@ -269,6 +293,15 @@ _ARCHITECTURES: dict[str, tuple[Any, NameTable]] = {
     "gpt2": (_gpt2_config, _gpt2_names()),
 }
 _WEIGHTLESS = ("rope_freqs.weight",)  # read into the configuration
+
+
+def requantized(stored: StoredTensor) -> StoredTensor:
+    """The tensor with `quantized` also where it is of a type that isn't kept as it is: rounded to 8 bits then."""
+    read = stored.read
+    assert isinstance(read, _Reader)
+    if stored.quantized is not None or len(stored.shape) != 2 or read.kind.name in _PLAIN_TYPES:
+        return stored
+    return replace(stored, quantized=partial(read.requantized, stored.name))
 
 
 def read_gguf(file: GGUFFile) -> tuple[GPTConfig, list[StoredTensor], NameTable]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lmops.models.checkpoint import CheckpointError, NameTable, StoredTensor, Target, check_features, naming
 from lmops.models.extras import require
 from lmops.models.gpt import GPTConfig, RopeScaling
+from lmops.models.quantized import assemble, read_scheme
 
 Settings = Mapping[str, Any]
 
@@ -39,25 +40,30 @@ class _Reader:
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
 
 
-def stored_tensors(folder: Path, weightless: tuple[str, ...] = ()) -> list[StoredTensor]:
+def stored_tensors(
+    folder: Path, weightless: tuple[str, ...] = (), integers: tuple[str, ...] = ()
+) -> list[StoredTensor]:
     """The tensors of model.safetensors, or of the files that model.safetensors.index.json lists.
 
-    weightless: ends of the names to leave out.
+    weightless: ends of the names to leave out. integers: ends of the names of tensors that may hold integers.
 
     Raises CheckpointError for a missing, damaged or cut off file, for an index that doesn't agree with its files, and
     for a tensor that doesn't hold floating-point numbers.
     """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
-        return _tensors_of(folder / "model.safetensors", weightless)
+        return _tensors_of(folder / "model.safetensors", weightless, integers)
     if not index.exists():
         raise CheckpointError(
             f"{folder}: neither model.safetensors nor {index.name} is there (found {_listing(folder)})"
         )
     files: dict[str, str] = read_json(index).get("weight_map", {})
-    stored = [tensor for name in sorted(set(files.values())) for tensor in _tensors_of(folder / name, weightless)]
+    stored = [
+        tensor for name in sorted(set(files.values())) for tensor in _tensors_of(folder / name, weightless, integers)
+    ]
     there = {(tensor.name, tensor.file.name) for tensor in stored}
     for name, file in files.items():
         if (name, file) not in there and not name.endswith(weightless):
@@ -69,7 +75,7 @@ def _listing(folder: Path) -> str:
     return ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
 
 
-def _tensors_of(file: Path, weightless: tuple[str, ...]) -> list[StoredTensor]:
+def _tensors_of(file: Path, weightless: tuple[str, ...], integers: tuple[str, ...]) -> list[StoredTensor]:
     safetensors = require("safetensors", "models")
     if not file.exists():
         raise CheckpointError(f"{file}: the file is missing")
@@ -80,11 +86,12 @@ def _tensors_of(file: Path, weightless: tuple[str, ...]) -> list[StoredTensor]:
                 header = opened.get_slice(name)
                 if name.endswith(weightless):
                     continue
-                if header.get_dtype() not in _DTYPES:
+                known = _DTYPES | _INTEGERS if name.endswith(integers) else _DTYPES
+                if header.get_dtype() not in known:
                     raise CheckpointError(
-                        f"{file}: tensor {name!r} has type {header.get_dtype()}, supported are {', '.join(_DTYPES)}"
+                        f"{file}: tensor {name!r} has type {header.get_dtype()}, supported are {', '.join(known)}"
                     )
-                dtype = _DTYPES[header.get_dtype()]
+                dtype = known[header.get_dtype()]
                 stored.append(StoredTensor(name, tuple(header.get_shape()), dtype, _Reader(file, name), file))
     except safetensors.SafetensorError as error:
         size = file.stat().st_size
@@ -127,7 +134,7 @@ _INERT_KEYS = frozenset(
     is_llama_config rope_interleaved transformers.js_config unsloth_version unsloth_fixed
     """.split()  # noqa: SIM905  (forty lines as a list)
 )
-_NEUTRAL = {"quantization_config": None, "is_decoder": True, "add_cross_attention": False, "rope_interleaved": False}
+_NEUTRAL = {"is_decoder": True, "add_cross_attention": False, "rope_interleaved": False}
 
 
 def _required(settings: Settings, key: str, source: Path) -> Any:
@@ -380,12 +387,15 @@ def read_folder(folder: Path) -> tuple[GPTConfig, list[StoredTensor], NameTable]
         raise CheckpointError(f"{source}: model_type = {name!r} is not supported (known: {', '.join(ARCHITECTURES)})")
     architecture = ARCHITECTURES[name]
     check_features(settings, _NEUTRAL, source)
-    unknown = sorted(settings.keys() - {*architecture.used.split(), *_INERT_KEYS, *_NEUTRAL})
+    scheme = read_scheme(settings, source)
+    unknown = sorted(settings.keys() - {*architecture.used.split(), *_INERT_KEYS, *_NEUTRAL, "quantization_config"})
     if unknown:
         warnings.warn(f"{source}: these keys are unknown and have no effect: {', '.join(unknown)}", stacklevel=4)
     with naming(source, "not the configuration of a model"):
         config = architecture.config(settings, source)
-    stored = stored_tensors(folder, architecture.weightless)
+    stored = stored_tensors(folder, architecture.weightless, scheme.suffixes if scheme else ())
+    if scheme is not None:
+        stored = assemble(scheme, stored)
     prefix = architecture.prefix
     if not any(tensor.name.startswith(prefix) for tensor in stored):
         prefix = ""

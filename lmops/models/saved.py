@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lmops.models.checkpoint import CheckpointError, _NoInitialValues, naming
 from lmops.models.config import GPTConfig, RopeScaling
@@ -22,7 +25,7 @@ from lmops.models.extras import require
 from lmops.models.gpt import GPT
 from lmops.models.huggingface import read_json
 from lmops.models.tokenizer import Tokenizer
-from lmops.quantization import QuantLinear
+from lmops.quantization import JoinedLinear, QuantEmbedding, QuantizedTensor, QuantLinear
 from lmops.quantization.tensor import INFO
 
 MODEL_TYPE = "lmops"
@@ -40,6 +43,8 @@ def save(model: GPT, tokenizer: Tokenizer | None, folder: str | os.PathLike[str]
     tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
     if model.config.tie_embeddings:
         tensors.pop("head.weight", None)  # the embedding's
+    if isinstance(model.embed, QuantEmbedding) and model.embed.table is model.head:
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("embed.")}  # the head's
     settings = {"model_type": MODEL_TYPE, "version": VERSION, "gpt": asdict(model.config)}
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -94,12 +99,35 @@ def load_saved(folder: Path, dtype: torch.dtype | None, device: torch.device | s
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from error
     with naming(file, "does not fit its configuration"):
-        for name in [name.removesuffix(f".{INFO}") for name in tensors if name.endswith(f".{INFO}")]:
-            old = model.get_submodule(name)
-            assert isinstance(old, torch.nn.Linear), f"{name} is quantized, and no linear layer"
-            bias = f"{name}.bias" in tensors
-            new = QuantLinear(old.in_features, old.out_features, bias, "meta", dtype or tensors["norm.weight"].dtype)
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, new)
+        if model.config.tie_embeddings and f"head.{INFO}" in tensors and "embed.weight" not in tensors:
+            shared = {name.replace("head.", "embed.table.", 1): t for name, t in tensors.items() if name[:5] == "head."}
+            tensors |= shared
+        _quantized_layers(model, tensors, dtype or tensors["norm.weight"].dtype)
         model.load_state_dict(tensors, assign=True)
     return model.eval().to(device=device, dtype=dtype)
+
+
+def _quantized_layers(model: GPT, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Replace the layers of a meta model for which `tensors` has quantized weights; biases stay to be loaded."""
+    layers: dict[str, list[QuantLinear]] = {}
+    for name in sorted(name.removesuffix(f".{INFO}") for name in tensors if name.endswith(f".{INFO}")):
+        parts = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+        parts.pop("bias", None)
+        layer = QuantLinear.from_quantized(QuantizedTensor.from_tensors(parts, name), dtype=dtype)
+        layers.setdefault(re.sub(r"\.(table|parts\.\d)$", "", name), []).append(layer)
+    for path, found in layers.items():
+        old = model.get_submodule(path)
+        assert isinstance(old, (nn.Linear, nn.Embedding)), f"{path} is quantized, and neither linear nor an embedding"
+        shape = (sum(layer.out_features for layer in found), found[0].in_features)
+        if shape != old.weight.shape:
+            raise ValueError(f"{path} has shape {shape}, the configuration needs {tuple(old.weight.shape)}")
+        new: nn.Module
+        if isinstance(old, nn.Embedding):
+            new = QuantEmbedding(found[0])
+        else:
+            new = found[0] if len(found) == 1 else JoinedLinear(found)
+            new.bias = old.bias
+        parent, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
+    if isinstance(model.embed, QuantEmbedding) and isinstance(model.head, QuantLinear) and model.config.tie_embeddings:
+        model.embed.table = model.head

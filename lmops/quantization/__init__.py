@@ -1,9 +1,19 @@
 """Quantized weights, `QuantLinear` which computes with one, and the ways to choose them."""
 
 from lmops.quantization.gptq import gptq
+from lmops.quantization.layers import JoinedLinear, QuantEmbedding
 from lmops.quantization.linear import QuantLinear
 from lmops.quantization.quantize import quantize_model
 from lmops.quantization.rounding import fake_quantize, round_to_nearest
 from lmops.quantization.tensor import QuantizedTensor
 
-__all__ = ["QuantLinear", "QuantizedTensor", "fake_quantize", "gptq", "quantize_model", "round_to_nearest"]
+__all__ = [
+    "JoinedLinear",
+    "QuantEmbedding",
+    "QuantLinear",
+    "QuantizedTensor",
+    "fake_quantize",
+    "gptq",
+    "quantize_model",
+    "round_to_nearest",
+]
