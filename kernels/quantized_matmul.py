@@ -12,8 +12,9 @@ The words of M rows and a unit are held as (2, M / 16, 8, 4, 8): the first three
 and what it unpacks from them are the very numbers that it hands to the tensor core as left operand: nothing moves
 between lanes. So the forward product is computed transposed, y^T (n_out, rows) = W x^T.
 
-COMPUTE is the type in which a weight is formed, x's or float32. Codes become numbers without a conversion: they are put
-into the bits of a power of two, `magic`, which is then subtracted, exactly. PTX: two of 16 bits at a time, on NVIDIA.
+COMPUTE is the type in which a weight is formed, before it is rounded to x's. Codes become numbers without a conversion:
+they are put into the bits of a power of two, `magic`, which is then subtracted, exactly. PTX: two of 16 bits at a time,
+on NVIDIA.
 """
 
 import triton
@@ -61,25 +62,39 @@ def load_part(ptr, unit, PART: tl.constexpr, out0, n_out, n_groups, M: tl.conste
     elif GROUP % 32 == 0:
         group = tl.cast(tl.minimum(first // GROUP, n_groups - 1), tl.int64)
         return tl.load(ptr + group * n_out + out0 + row, mask=out0 + row < n_out, other=0)
+    elif GROUP % 16 == 0:  # the first four words of a lane are of the part's first 16 columns
+        group_a = tl.cast(tl.minimum(first // GROUP, n_groups - 1), tl.int64)
+        group_b = tl.cast(tl.minimum((first + 16) // GROUP, n_groups - 1), tl.int64)
+        a = tl.load(ptr + group_a * n_out + out0 + row, mask=out0 + row < n_out, other=0)
+        b = tl.load(ptr + group_b * n_out + out0 + row, mask=out0 + row < n_out, other=0)
+        return tl.where(place % 8 < 4, a, b)
     else:
         t, v = place // 8, place % 8
         column = first + v // 4 * 16 + v // 2 % 2 * 8 + 2 * t + v % 2
-        group = tl.minimum(column // GROUP, n_groups - 1).to(tl.int64)
-        return tl.load(ptr + group * n_out + (out0 + row), mask=out0 + row < n_out, other=0)
+        base = tl.minimum(first // GROUP, n_groups - 1)
+        group = tl.minimum(column // GROUP, n_groups - 1) - base
+        return tl.load(ptr + tl.cast(base, tl.int64) * n_out + out0 + (group * n_out + row), mask=out0 + row < n_out)
 
 
 @triton.jit
 def load_parts(ptr, unit, out0, n_out, n_groups, M: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr):
-    """`load_part` of each part of a unit, or one for all where a unit lies in one group: a tuple."""
-    a = load_part(ptr, unit, 0, out0, n_out, n_groups, M, PARTS, GROUP)
-    if GROUP % (32 * PARTS) == 0:
-        return (a,)
-    b = load_part(ptr, unit, 1, out0, n_out, n_groups, M, PARTS, GROUP)
-    if PARTS == 2:
-        return a, b
+    """`load_part` of each part of a unit, or one for all where a unit lies in one group: a tuple.
+
+    Nothing where a part may have several groups: as a value a column they are not worth the registers to wait in.
+    """
+    if GROUP % 32 != 0:
+        return (0,)
     else:
-        c = load_part(ptr, unit, 2, out0, n_out, n_groups, M, PARTS, GROUP)
-        return a, b, c, load_part(ptr, unit, 3, out0, n_out, n_groups, M, PARTS, GROUP)
+        a = load_part(ptr, unit, 0, out0, n_out, n_groups, M, PARTS, GROUP)
+        if GROUP % (32 * PARTS) == 0:
+            return (a,)
+        else:
+            b = load_part(ptr, unit, 1, out0, n_out, n_groups, M, PARTS, GROUP)
+            if PARTS == 2:
+                return a, b
+            else:
+                c = load_part(ptr, unit, 2, out0, n_out, n_groups, M, PARTS, GROUP)
+                return a, b, c, load_part(ptr, unit, 3, out0, n_out, n_groups, M, PARTS, GROUP)
 
 
 @triton.jit
@@ -188,31 +203,36 @@ def tile_of(tile, n_out_tiles, n_row_tiles, SIDE: tl.constexpr):
 
 
 @triton.jit
-def add_unit(acc, w, s, z, x_ptr, unit, x_offset, x_stride, in_rows, n_in, M: tl.constexpr, PARTS: tl.constexpr,
-             EDGE: tl.constexpr, FORMAT: tl.constexpr, SHIFT: tl.constexpr, SCALED: tl.constexpr,
-             COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+def add_unit(acc, w, s, z, x_ptr, scales_ptr, shift_ptr, unit, out0, n_out, n_groups, x_offset, in_rows, n_in,
+             M: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, EDGE: tl.constexpr, FORMAT: tl.constexpr,
+             SHIFT: tl.constexpr, SCALED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+             PTX: tl.constexpr):  # fmt: skip
     """acc (M, N) plus one unit's product, part by part. EDGE: the unit reaches behind column n_in, x does not."""
     for PART in tl.static_range(PARTS):
         first = unit * (32 * PARTS) + 32 * PART
         mask = in_rows
         if EDGE:
             mask = in_rows & (first + tl.arange(0, 32) < n_in)[:, None]
-        x = tl.load(x_ptr + tl.cast(first, tl.int64) * x_stride + x_offset, mask=mask, other=0.0)
-        q = weights(w, s[PART % len(s)], z[PART % len(z)], PART, M, FORMAT, SHIFT, SCALED, COMPUTE, x.dtype, PTX)
+        x = tl.load(x_ptr + first + x_offset, mask=mask, other=0.0)
+        scale, shift = s[PART % len(s)], z[PART % len(z)]
+        if GROUP % 32 != 0:
+            scale = load_part(scales_ptr, unit, PART, out0, n_out, n_groups, M, PARTS, GROUP)
+            shift = load_part(shift_ptr, unit, PART, out0, n_out, n_groups, M, PARTS, GROUP)
+        q = weights(w, scale, shift, PART, M, FORMAT, SHIFT, SCALED, COMPUTE, x.dtype, PTX)
         acc = tl.dot(q, x, acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit(do_not_specialize=["n_rows", "units_a_split"])
 def quantized_matmul_kernel(
-    x_ptr, packed_ptr, scales_ptr, shift_ptr, bias_ptr, y_ptr, n_rows, n_out, n_in, n_groups, units_a_split, x_strides,
+    x_ptr, packed_ptr, scales_ptr, shift_ptr, bias_ptr, y_ptr, n_rows, n_out, n_in, n_groups, units_a_split, x_stride,
     M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
     SHIFT: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr,
     OFFSET: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + bias.
 
-    x: (n_rows, n_in), any strides, in elements; bias: (n_out,), with BIAS; y: (n_rows, n_out), contiguous.
+    x: (n_rows, n_in), rows x_stride elements apart; bias: (n_out,), with BIAS; y: (n_rows, n_out), contiguous.
     SPLIT: a program takes units_a_split units, and y is (splits, n_rows, n_out) in float32, without the bias, to be
     added up by `add_splits_kernel`. EDGE: the last unit reaches behind n_in. OFFSET: type of a tile's offsets.
     """
@@ -220,8 +240,8 @@ def quantized_matmul_kernel(
     out0, row0, split = out_tile * M, row_tile * N, tl.program_id(1)
     rows = row0 + tl.arange(0, N)
     in_rows = (rows < n_rows)[None, :]
-    x_ptr += tl.cast(row0, tl.int64) * x_strides[0]
-    x_offset = tl.arange(0, N).to(OFFSET)[None, :] * x_strides[0] + tl.arange(0, 32).to(OFFSET)[:, None] * x_strides[1]
+    x_ptr += tl.cast(row0, tl.int64) * x_stride
+    x_offset = tl.arange(0, N).to(OFFSET)[None, :] * x_stride + tl.arange(0, 32)[:, None]
     if SHIFT == "":
         shift_ptr = scales_ptr  # loaded with the scales, and then looked at by nobody
     # one scale a row waits for the end of the sum
@@ -235,16 +255,16 @@ def quantized_matmul_kernel(
     z = load_parts(shift_ptr, begin, out0, n_out, n_groups, M, PARTS, GROUP)
     for unit in range(begin, full):
         w = load_words(packed_ptr, unit, out0, n_out, M)
-        acc = add_unit(acc, w, s, z, x_ptr, unit, x_offset, x_strides[1], in_rows, n_in, M, PARTS, False, FORMAT,
-                       SHIFT, SCALED, COMPUTE, PRECISION, PTX)  # fmt: skip
+        acc = add_unit(acc, w, s, z, x_ptr, scales_ptr, shift_ptr, unit, out0, n_out, n_groups, x_offset, in_rows,
+                       n_in, M, PARTS, GROUP, False, FORMAT, SHIFT, SCALED, COMPUTE, PRECISION, PTX)  # fmt: skip
         if GROUP != 0:  # of the next unit, which they reach while this one is multiplied
             s = load_parts(scales_ptr, unit + 1, out0, n_out, n_groups, M, PARTS, GROUP)
             z = load_parts(shift_ptr, unit + 1, out0, n_out, n_groups, M, PARTS, GROUP)
     if EDGE:
         if full < end:
             w = load_words(packed_ptr, full, out0, n_out, M)
-            acc = add_unit(acc, w, s, z, x_ptr, full, x_offset, x_strides[1], in_rows, n_in, M, PARTS, True, FORMAT,
-                           SHIFT, SCALED, COMPUTE, PRECISION, PTX)  # fmt: skip
+            acc = add_unit(acc, w, s, z, x_ptr, scales_ptr, shift_ptr, full, out0, n_out, n_groups, x_offset, in_rows,
+                           n_in, M, PARTS, GROUP, True, FORMAT, SHIFT, SCALED, COMPUTE, PRECISION, PTX)  # fmt: skip
 
     outs = out0 + tl.arange(0, M)
     if not SCALED:
@@ -273,6 +293,18 @@ def add_splits_kernel(parts_ptr, bias_ptr, y_ptr, n_rows, n_out, splits, BIAS: t
 
 
 # ------------------------------------------------------------------------------------------------------- dx = dy W
+
+
+@triton.jit
+def add_rows(acc, dy, w, scale, shift, scales_ptr, shift_ptr, unit, out0, n_out, n_groups, PART: tl.constexpr,
+             M: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, SHIFT: tl.constexpr,
+             COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+    """acc (N, 32) plus dy (N, M) times M rows of one part of a unit."""
+    if GROUP % 32 != 0:
+        scale = load_part(scales_ptr, unit, PART, out0, n_out, n_groups, M, PARTS, GROUP)
+        shift = load_part(shift_ptr, unit, PART, out0, n_out, n_groups, M, PARTS, GROUP)
+    q = weights(w, scale, shift, PART, M, FORMAT, SHIFT, True, COMPUTE, dy.dtype, PTX)
+    return tl.dot(dy, q, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -306,15 +338,15 @@ def quantized_matmul_dx_kernel(
         s = load_parts(scales_ptr, unit, out0, n_out, n_groups, M, PARTS, GROUP)
         z = load_parts(shift_ptr, unit, out0, n_out, n_groups, M, PARTS, GROUP)
         n: tl.constexpr = len(s)
-        q = weights(w, s[0], z[0], 0, M, FORMAT, SHIFT, True, COMPUTE, dy.dtype, PTX)
-        a = tl.dot(dy, q, a, input_precision=PRECISION)
-        q = weights(w, s[1 % n], z[1 % n], 1, M, FORMAT, SHIFT, True, COMPUTE, dy.dtype, PTX)
-        b = tl.dot(dy, q, b, input_precision=PRECISION)
+        a = add_rows(a, dy, w, s[0], z[0], scales_ptr, shift_ptr, unit, out0, n_out, n_groups, 0, M, PARTS, GROUP,
+                     FORMAT, SHIFT, COMPUTE, PRECISION, PTX)  # fmt: skip
+        b = add_rows(b, dy, w, s[1 % n], z[1 % n], scales_ptr, shift_ptr, unit, out0, n_out, n_groups, 1, M, PARTS,
+                     GROUP, FORMAT, SHIFT, COMPUTE, PRECISION, PTX)  # fmt: skip
         if PARTS == 4:
-            q = weights(w, s[2 % n], z[2 % n], 2, M, FORMAT, SHIFT, True, COMPUTE, dy.dtype, PTX)
-            c = tl.dot(dy, q, c, input_precision=PRECISION)
-            q = weights(w, s[3 % n], z[3 % n], 3, M, FORMAT, SHIFT, True, COMPUTE, dy.dtype, PTX)
-            d = tl.dot(dy, q, d, input_precision=PRECISION)
+            c = add_rows(c, dy, w, s[2 % n], z[2 % n], scales_ptr, shift_ptr, unit, out0, n_out, n_groups, 2, M, PARTS,
+                         GROUP, FORMAT, SHIFT, COMPUTE, PRECISION, PTX)  # fmt: skip
+            d = add_rows(d, dy, w, s[3 % n], z[3 % n], scales_ptr, shift_ptr, unit, out0, n_out, n_groups, 3, M, PARTS,
+                         GROUP, FORMAT, SHIFT, COMPUTE, PRECISION, PTX)  # fmt: skip
     columns = unit * (32 * PARTS) + tl.arange(0, 32)
     store_part(dx_ptr, a, rows, columns, n_rows, n_in)
     store_part(dx_ptr, b, rows, columns + 32, n_rows, n_in)

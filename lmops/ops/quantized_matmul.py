@@ -47,21 +47,28 @@ class Tile:
     num_stages: int
 
 
-def quantized_matmul_tile(n_rows: int, n_out: int, units: int, itemsize: int, target: str) -> Tile:
-    """The tile for n_rows rows of x, in numbers of itemsize bytes, times a weight (n_out, units of columns).
+def quantized_matmul_tile(
+    n_rows: int, n_out: int, units: int, group_size: int, compute: torch.dtype, converted: bool, target: str
+) -> Tile:
+    """The tile for n_rows rows of x times a weight (n_out, units of columns).
 
-    Chosen from what the compiler made of them (docs/results/quantized_matmul.md). Columns are split where there are too
-    few tiles to fill a GPU: with few rows, what counts is that much of the weight is on its way at any time.
+    compute: what a weight is formed in; converted: that takes conversions or offsets. Chosen from what the compiler
+    makes of them (docs/results/quantized_matmul.md). Columns are split where there are too few tiles to fill a GPU:
+    with few rows, what counts is that much of the weight is on its way at any time.
     """
-    block_n = min(max(16, 1 << (n_rows - 1).bit_length()), 256)
-    if itemsize == 4:
+    block_m, block_n = 128, min(max(16, 1 << (n_rows - 1).bit_length()), 256)
+    if compute == torch.float32 and not converted:
         block_m, block_n, num_warps, num_stages = 64, min(block_n, 32), 4, 2
+    elif group_size % 32 and group_size != -1:
+        block_m, block_n, num_warps, num_stages = 64, min(block_n, 64), 4, 3
     elif block_n <= 32:
-        block_m, num_warps, num_stages = 128, 4, 4
+        num_warps, num_stages = 4, 4
+    elif converted:
+        block_n, num_warps, num_stages = min(block_n, 128), 8, 3
     elif block_n == 64 or target != "sm_90":
-        block_m, block_n, num_warps, num_stages = 128, 64, 4, 3
-    else:
-        block_m, num_warps, num_stages = 128, 8, 3
+        block_n, num_warps, num_stages = 64, 4, 3
+    else:  # results that are not aligned take more registers to store
+        block_n, num_warps, num_stages = block_n if n_out % 8 == 0 else 128, 8, 3
     tiles = -(-n_out // block_m) * -(-n_rows // block_n)
     wanted = max(1, (512 if block_n <= 32 else 256) // tiles)
     units_a_split = max(2 if block_n <= 32 else 4, -(-units // wanted))
@@ -78,23 +85,31 @@ def _target() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
+def _compute_type(x: torch.dtype, scales: torch.dtype, offsets: bool, scaled: bool, target: str) -> torch.dtype:
+    """What a weight is formed in. scaled: it is multiplied by its scale, rather than the sum at the end.
+
+    In x's type it comes out as `dequantize` rounds it, if the scales are of that type. bfloat16 holds other scales with
+    a relative error of 2^-9; float16 might not hold them at all. Offsets take part in differences of larger numbers:
+    rounded to bfloat16 before, they would leave too little. Other targets than NVIDIA's do not compute in bfloat16.
+    """
+    if x == torch.float32 or (x == torch.bfloat16 and not target.startswith("sm_")):
+        return torch.float32
+    if offsets:
+        return torch.float16 if scales == torch.float16 else torch.float32
+    return x if x in (torch.bfloat16, scales) or not scaled else torch.float32
+
+
 def _arguments(
-    x: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None, format: str, group_size: int,
-    scaled: bool, target: str,
+    x: Tensor, zeros: Tensor | None, offsets: Tensor | None, format: str, group_size: int, compute: torch.dtype,
+    target: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """The compile-time arguments that the kernels share. scaled: a weight is multiplied by its scale."""
+    """The compile-time arguments that the kernels share."""
     import triton.language as tl
 
-    # in x's type a weight is formed exactly as `dequantize` rounds it, if the scales are of that type; bfloat16 holds
-    # other scales with a relative error of 2^-9, float16 might not hold them at all. Offsets take the difference of
-    # larger numbers, so these must not be rounded before
-    alike = scales.dtype == x.dtype or (x.dtype == torch.bfloat16 and offsets is None)
-    narrow = (alike and not (offsets is not None and x.dtype == torch.bfloat16)) or not scaled
-    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     return {
         "PARTS": 4 if format == "int4" else 2, "GROUP": max(0, group_size), "FORMAT": format,
         "SHIFT": "zeros" if zeros is not None else "offsets" if offsets is not None else "",
-        "COMPUTE": types[x.dtype if narrow else torch.float32], "PTX": target.startswith("sm_"),
+        "COMPUTE": getattr(tl, str(compute).removeprefix("torch.")), "PTX": target.startswith("sm_"),
         "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         "OFFSET": tl.int32 if 256 * max(map(abs, x.stride())) < 2**31 else tl.int64,
     }  # fmt: skip
@@ -129,18 +144,23 @@ def _forward_triton(
     rows = x.reshape(-1, x.shape[-1])
     if permutation is not None:
         rows = rows.index_select(1, permutation)
+    columns = unit_columns(format)
+    if rows.stride(1) != 1 or rows.stride(0) * rows.element_size() % 16 or rows.data_ptr() % 16:
+        # a copy with rows of whole units is little next to reading numbers of 2 bytes one by one for every tile
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % columns)).contiguous()
     (n_rows, n_in), (units, n_out) = rows.shape, packed.shape[:2]
     target = _target()
-    tile = quantized_matmul_tile(n_rows, n_out, units, x.element_size(), target)
+    scaled = group_size != -1 or offsets is not None
+    compute = _compute_type(x.dtype, scales.dtype, offsets is not None, scaled, target)
+    converted = x.dtype != torch.float32 and (offsets is not None or compute != x.dtype)
+    tile = quantized_matmul_tile(n_rows, n_out, units, group_size, compute, converted, target)
     split = tile.splits > 1
     out = y.new_empty(tile.splits, n_rows, n_out, dtype=torch.float32) if split else y
-    scaled = group_size != -1 or offsets is not None
     quantized_matmul_kernel[(-(-n_out // tile.block_m) * -(-n_rows // tile.block_n), tile.splits)](
         rows, packed, scales, zeros if offsets is None else offsets, bias, out, n_rows, n_out, n_in, len(scales),
-        -(-units // tile.splits), rows.stride(), M=tile.block_m, N=tile.block_n,
-        BIAS=bias is not None and not split, SPLIT=split, EDGE=n_in % unit_columns(format) != 0,
-        **_arguments(rows, scales, zeros, offsets, format, group_size, scaled, target),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        -(-units // tile.splits), rows.stride(0), M=tile.block_m, N=tile.block_n,
+        BIAS=bias is not None and not split, SPLIT=split, EDGE=n_in % columns != 0, num_warps=tile.num_warps,
+        num_stages=tile.num_stages, **_arguments(rows, zeros, offsets, format, group_size, compute, target),
     )  # fmt: skip
     if split:
         grid = (-(-n_out // 1024), n_rows)
@@ -181,11 +201,14 @@ def _backward_triton(
     rows = dy.reshape(-1, dy.shape[-1])
     n_rows, (units, n_out) = len(rows), packed.shape[:2]
     out = dx if permutation is None else torch.empty_like(dx)
-    block_m, block_n = (32, 32) if dy.element_size() == 4 else (64, 64 if n_rows <= 64 else 128)
+    target = _target()
+    compute = _compute_type(dy.dtype, scales.dtype, offsets is not None, True, target)
+    small = compute == torch.float32 or (group_size % 32 and group_size != -1)
+    block_m, block_n, num_warps = (32, 32, 8 if dy.dtype == torch.float32 else 4) if small else (64, 64, 4)
     quantized_matmul_dx_kernel[(units * -(-n_rows // block_n),)](
         rows, packed, scales, zeros if offsets is None else offsets, out, n_rows, n_out, n_in, len(scales),
         rows.stride(), M=block_m, N=block_n,
-        **_arguments(rows, scales, zeros, offsets, format, group_size, True, _target()), num_warps=4, num_stages=2,
+        **_arguments(rows, zeros, offsets, format, group_size, compute, target), num_warps=num_warps, num_stages=2,
     )  # fmt: skip
     if permutation is not None:
         dx.index_copy_(-1, permutation.long(), out)

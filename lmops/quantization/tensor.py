@@ -135,7 +135,7 @@ class QuantizedTensor:
         """Pack codes that another quantizer or a checkpoint has chosen; nothing is rounded.
 
         codes: (n_out, n_in), integers 0 .. 15 with bits 4, -128 .. 127 with bits 8; or float8_e4m3fn with bits 8.
-        scales: (n_out, groups) float16, bfloat16 or float32, finite. zeros: (n_out, groups) integers 0 .. 255 with bits
+        scales: (n_out, groups) float16, bfloat16 or float32, finite. zeros: (n_out, groups) integers 0 .. 16 with bits
         4, -128 .. 127 with bits 8. offsets: (n_out, groups), rounded to the scales' type. At most one of the two.
         group_index: (n_in,) integers, the group of each column where these are not neighbours (act-order); in the order
         of their groups they must fill them as group_size says. name: of the layer, for errors.
@@ -168,7 +168,7 @@ class QuantizedTensor:
         if zeros is not None:
             if zeros.is_floating_point():
                 raise TypeError(f"zeros{where} must be integers, got {zeros.dtype}; floating-point ones are offsets")
-            _check_range("zeros", zeros, (0, 255) if bits == 4 else RANGES[format], where)
+            _check_range("zeros", zeros, (0, 16) if bits == 4 else RANGES[format], where)
             zeros = zeros.T.to(ZERO_DTYPES[format]).contiguous()
         if offsets is not None:
             offsets = offsets.T.to(scales.dtype).contiguous()
