@@ -537,6 +537,6 @@ class AllocatorAndCache(RuleBasedStateMachine):
 
 TestAllocatorAndCache = AllocatorAndCache.TestCase
 TestAllocatorAndCache.settings = settings(
-    max_examples=350, stateful_step_count=300, deadline=None, derandomize=True, database=None,
+    max_examples=400, stateful_step_count=300, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip

@@ -35,14 +35,11 @@ class PrefixStats:
 class PrefixKey:
     """The content of a block: its tokens, those of all blocks before it, and a salt. One object for one content.
 
-    It says nothing itself: what it stands for is where PrefixCache keeps it. It holds the key of the block before it,
-    so that this one stays the same object for as long as there is any block behind it.
+    What it stands for is where PrefixCache keeps it, together with the key of the block before, which so stays the same
+    object for as long as there is any block behind it.
     """
 
-    __slots__ = ("__weakref__", "parent")
-
-    def __init__(self, parent: PrefixKey | None) -> None:
-        self.parent = parent
+    __slots__ = ("__weakref__",)
 
 
 class PrefixCache:
@@ -116,7 +113,7 @@ class PrefixCache:
         """The one key of this content behind `parent`; of a salt where there is no parent."""
         key = self._keys.get((parent, content))
         if key is None:
-            key = self._keys[parent, content] = PrefixKey(parent)
+            key = self._keys[parent, content] = PrefixKey()
         return key
 
 
