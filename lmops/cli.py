@@ -264,7 +264,7 @@ def quantize(
     torch_dtype, torch_device = _dtype(dtype), _device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    network, tokenizer = load(model, dtype=torch_dtype, device=torch_device)
+    network, tokenizer = load(model, dtype=torch_dtype, device=torch_device, quantized="dequantize")
     batches = None
     if method != "rtn":
         if tokenizer is None:
