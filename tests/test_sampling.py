@@ -176,7 +176,7 @@ def test_parameters_a_row(path):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_draws_are_members(path, dtype):
-    n_rows = 2000 if path.kind == "torch" else 6
+    n_rows = 500 if path.kind == "torch" else 4
     x = (torch.randn(n_rows, 130) * 3).to(dtype)
     x[:, 7] = x[:, 11]
     for i, parameters in enumerate(FILTERS):
@@ -200,9 +200,12 @@ def test_distribution(path, parameters):
     assert (exact[tokens] > 0).all()
     if fast:
         assert chi_square(tokens, exact) > 1e-3
-        # neither seeds nor offsets that are neighbours are alike
-        tokens = lmops.sample(rows.to(path.device), seed=torch.arange(n_rows, device=path.device), **parameters).tokens
-        assert chi_square(tokens.cpu(), exact) > 1e-3
+
+
+def test_neighbouring_seeds_are_not_alike():
+    x = torch.randn(30)
+    tokens = lmops.sample(x.expand(100_000, 30), seed=torch.arange(100_000)).tokens
+    assert chi_square(tokens, torch.softmax(x.double(), -1)) > 1e-3
 
 
 def test_chi_square_would_notice():
