@@ -225,7 +225,8 @@ def inspect_nvidia(row: Row, kernel: Any) -> None:
     row.tensor_core = ", ".join(sorted(set(NVIDIA_TENSOR.findall(text))))
     log = ptxas_log(kernel)
     row.spill_bytes = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
-    # "ptxas info    : (C7510) Potential Performance Loss: ..."; C7519 only says where it put a warpgroup.arrive
+    # "ptxas info    : (C7510) Potential Performance Loss: ..."; not C7519, "warpgroup.arrive is injected in around line
+    # N by compiler to allow use of registers in GMMA", which is one instruction and no serialisation
     notes = [
         line.partition(":")[2].strip() for line in log.splitlines() if re.search(r"\(C(?!7519)\d+\)|warning", line)
     ]

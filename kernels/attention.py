@@ -290,7 +290,8 @@ def attention_forward_kernel(
     row_at = (q_batch * n_heads + heads).to(tl.int64) * q_total + q_first + positions  # in lse and base
     tl.store(lse_ptr + row_at, (m + rest) * LN2, mask=in_rows)
     if BASE:  # inf: a row that sees nothing has p 0
-        tl.store(base_ptr + 2 * row_at, tl.where(empty, float("inf"), m), mask=in_rows)
+        # + 0.0: of scores that are all 0 or -0, lanes may have found the one or the other to be the largest
+        tl.store(base_ptr + 2 * row_at, tl.where(empty, float("inf"), m + 0.0), mask=in_rows)
         tl.store(base_ptr + 2 * row_at + 1, rest, mask=in_rows)
     o = acc * (1 / tl.where(empty, 1.0, l * (1 - dropout_p) if DROPOUT else l))[:, None]
     o_at = offset((q_batch, heads[:, None], (q_first + positions)[:, None], value_dims[None, :]), o_strides)

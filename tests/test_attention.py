@@ -302,13 +302,14 @@ def test_lse_gradient(path, options):
 
 
 def test_lse_gradient_alone(path):
-    q, k, v = make(Sq=10, Sk=12, D=16)
-    leaves = [t.to(path.device).requires_grad_() for t in (q, k, v)]
-    grads = torch.autograd.grad(attention(*leaves)[1].sum(), leaves)
-    wide = [t.double().requires_grad_() for t in (q, k, v)]
-    expected = torch.autograd.grad(reference(*wide)[1].sum(), wide, materialize_grads=True)
-    for a, e in zip(grads, expected, strict=True):
-        torch.testing.assert_close(a.cpu(), e.float(), atol=1e-5, rtol=1e-4)
+    tensors, results = make(Sq=10, Sk=12, D=16), []
+    for function, cast in (
+        (attention, lambda t: t.to(path.device)), (reference, torch.Tensor.double), (reference, torch.Tensor.clone)
+    ):  # fmt: skip
+        leaves = [cast(t).requires_grad_() for t in tensors]
+        results.append(torch.autograd.grad(function(*leaves)[1].sum(), leaves, materialize_grads=True))
+    for a, t, b in zip(*results, strict=True):
+        assert_accurate(a, t, b)
 
 
 # ---------------------------------------------------------------------------------------------------- packed calls
@@ -666,6 +667,7 @@ def test_second_derivative_is_refused(path):
 def test_any_call(path, request):
     """Random shapes and features against the reference."""
     simulated = request.config.option.device.startswith("sm_")  # where each is compiled, and takes seconds
+    # the same calls in every run: of the rare one with a handful of numbers, torch may by chance get all of them right
 
     @settings(max_examples=4 if simulated else 25, deadline=None, derandomize=True)
     @given(data=st.data())
