@@ -175,6 +175,10 @@ class QuantLinear(nn.Linear):
             return self._cpu_weight.matmul(x, self.bias)
         return quantized_matmul(x, self.quantized, self.bias)
 
+    def forget(self) -> None:
+        """Let go of what calls on a CPU have kept to be fast; the next makes it anew."""
+        self._cpu_weight = None
+
     def reset_parameters(self) -> None:
         """Raises RuntimeError: random numbers are not what one quantizes."""
         raise RuntimeError("a QuantLinear has no initial weights: make it with from_float or from_quantized")

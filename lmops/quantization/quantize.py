@@ -188,6 +188,9 @@ def _quantize_blocks(
                 report(path + name)
             hidden = [_run(block, x, call) for x, call in zip(hidden, calls[i], strict=True)]
             calls[i] = []
+            for module in block.modules():
+                if isinstance(module, QuantLinear):
+                    module.forget()
     if left:
         which = ", ".join(f"{name} ({count} of {len(blocks)})" for name, count in sorted(left.items()))
         warnings.warn(

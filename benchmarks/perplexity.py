@@ -1,0 +1,105 @@
+"""Perplexity of a model in float32 and quantized in several ways, on text that Python itself carries.
+
+    python -m benchmarks.perplexity --model SmolLM2-135M-Instruct.Q4_1.gguf
+
+The text is the language reference that `help()` shows, `pydoc_data.topics` of the standard library. Its paragraphs,
+each once, are cut in two: the first half is for calibration, the second for evaluation, so they share none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import math
+import platform
+import time
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lmops.models import GPT, load
+from lmops.quantization import QuantLinear, quantize_model
+
+WINDOW = 512  # tokens; each is predicted from those before it in its window
+TEXT = "556061ea97a4"  # of Python 3.11.7; another patch release has another text, and other perplexities
+
+# name, bits, group_size, method
+WAYS = (
+    ("int8, a row", 8, -1, "rtn"),
+    ("int4, 128, rounded", 4, 128, "rtn"),
+    ("int4, 128, GPTQ", 4, 128, "gptq"),
+    ("int4, 128, AWQ", 4, 128, "awq"),
+    ("int4, 32, rounded", 4, 32, "rtn"),
+    ("int4, 32, GPTQ", 4, 32, "gptq"),
+    ("int4, 32, AWQ", 4, 32, "awq"),
+)
+
+
+def text_halves() -> tuple[str, str, str]:
+    """The text for calibration, that for evaluation, and the first digits of the SHA-256 of both."""
+    from pydoc_data.topics import topics
+
+    paragraphs = list(dict.fromkeys("\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")))
+    half = len(paragraphs) // 2
+    first, second = "\n\n".join(paragraphs[:half]), "\n\n".join(paragraphs[half:])
+    return first, second, hashlib.sha256((first + second).encode()).hexdigest()[:12]
+
+
+@torch.no_grad()
+def perplexity(model: GPT, windows: Tensor, batch: int = 4) -> float:
+    """exp of the mean loss of all tokens of windows (N, T) but the first of each."""
+    loss = sum(
+        F.cross_entropy(model(w)[:, :-1].float().flatten(0, 1), w[:, 1:].flatten(), reduction="sum").item()
+        for w in windows.split(batch)
+    )
+    return math.exp(loss / windows[:, 1:].numel())
+
+
+def bits_per_weight(model: GPT) -> float:
+    """Stored bits of the linear layers but the head, over their weights."""
+    layers = [m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear)]
+    stored = sum(m.quantized.nbytes if isinstance(m, QuantLinear) else m.weight.nbytes for m in layers)
+    return 8 * stored / sum(m.in_features * m.out_features for m in layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="as lmops.load takes it")
+    parser.add_argument("--tokens", type=int, default=8192, help="to evaluate on")
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--symmetric", action="store_true", help="int4 without zero points")
+    parser.add_argument("--only", default="", help="ways whose name contains this")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model, tokenizer = load(options.model, dtype=torch.float32, quantized="dequantize")
+    assert tokenizer is not None, "the model has no tokenizer"
+    first, second, digest = text_halves()
+    if digest != TEXT:
+        print(f"note: this Python's text is {digest}, that of docs/results/quality.md is {TEXT}")
+    calibration = torch.tensor(tokenizer.encode(first)[: options.calibration_tokens]).split(WINDOW)
+    windows = torch.tensor(tokenizer.encode(second)[: options.tokens // WINDOW * WINDOW]).view(-1, WINDOW)
+
+    print(f"python {platform.python_version()}, torch {torch.__version__}, text {digest}, {windows.numel()} tokens")
+    print(f"{'':20}{'bits a weight':>14}{'perplexity':>12}{'to float32':>12}{'seconds':>9}", flush=True)
+    base = perplexity(model, windows)
+    print(f"{'float32':20}{bits_per_weight(model):14.3f}{base:12.4f}{'':>12}{'':>9}", flush=True)
+    for name, bits, group_size, method in WAYS:
+        if options.only not in name:
+            continue
+        quantized, start = copy.deepcopy(model), time.perf_counter()
+        quantize_model(
+            quantized, bits, group_size, method, calibration=calibration, symmetric=options.symmetric or bits == 8,
+            scale_dtype=torch.float16, progress=False,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        value = perplexity(quantized, windows)
+        change = f"{100 * (value / base - 1):+.2f} %"
+        print(f"{name:20}{bits_per_weight(quantized):14.3f}{value:12.4f}{change:>12}{seconds:9.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
