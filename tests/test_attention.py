@@ -602,8 +602,9 @@ def test_keys_are_read_once_a_query_tile(path, launches):
     q, k, v = (t.requires_grad_() for t in make(B=1, H=1, KV=1, Sq=n, Sk=n, D=D, dtype=torch.bfloat16))
     out, _ = attention(q, k, v)
     torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
-    # beside the two tensors that are streamed: q | q, o, do and the LSE | k, v and two numbers a row and tile
-    for launch, held in zip(launches, (1, 3.1, 2.6), strict=True):
+    # beside the two tensors that are streamed: q | q, o, do and two numbers a row, by several lanes each | k, v and two
+    # numbers a row and tile
+    for launch, held in zip(launches, (1, 3.2, 2.6), strict=True):
         c, tiles = launch.c, launch.grid[0]
         loaded = c["global_ld_bytes"] + c["global_cp_bytes"] + c["global_tma_bytes"]
         assert loaded <= (2 * tiles + held) * n * D * 2
