@@ -41,7 +41,7 @@ def gptq(
     moments = gram.diagonal()
     scales, zeros = choose_scales(
         weight.detach(), bits, group_size, symmetric=symmetric, scale_dtype=scale_dtype,
-        importance=moments if moments.any() else None,
+        importance=moments,
     )  # fmt: skip
     low, high = RANGES[f"int{bits}"]
     order = moments.argsort(descending=True, stable=True)

@@ -83,8 +83,9 @@ def choose_scales(
     low_code, high_code = RANGES[f"int{bits}"]
     pad = (0, groups * size - n_in)
     cost = None
-    if importance is not None:
-        cost = torch.nn.functional.pad(importance.float(), pad).view(groups, size)
+    if importance is not None and importance.any():
+        # what calibration did not see may still come
+        cost = torch.nn.functional.pad(importance.float() + 0.01 * importance.float().mean(), pad).view(groups, size)
     tiny = torch.finfo(scale_dtype).tiny
     scales = torch.empty(n_out, groups, dtype=scale_dtype, device=weight.device)
     zeros = None if symmetric else torch.empty(n_out, groups, dtype=ZERO_DTYPES[f"int{bits}"], device=weight.device)
