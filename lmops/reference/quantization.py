@@ -109,3 +109,30 @@ def quantized_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     compute = torch.promote_types(x.dtype, torch.float32)
     y = x.to(compute) @ weight.to(compute).T
     return (y if bias is None else y + bias.to(compute)).to(x.dtype)
+
+
+def quantize_rows(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """Rows of x (rows, n) as codes, int8 or float8_e4m3fn, and scales (rows, 1) float32: x is about codes * scales.
+
+    A scale is the largest magnitude over 127 (fp8: 448), 1 for a row of zeros, NaN for one that is not finite.
+    """
+    x = x.float()
+    largest = 448.0 if format == "fp8" else 127.0
+    scales = x.abs().amax(1, keepdim=True) / largest
+    scales = scales.masked_fill(scales == 0, 1.0)
+    q = (x.nan_to_num(0.0, 0.0, 0.0) / scales.nan_to_num(1.0, 1.0)).clamp(-largest, largest)
+    codes = q.to(torch.float8_e4m3fn) if format == "fp8" else q.round().to(torch.int8)
+    return codes, scales.masked_fill(~scales.isfinite(), float("nan"))
+
+
+def int8_matmul(
+    x: Tensor, packed: Tensor, scales: Tensor, smooth: Tensor | None, bias: Tensor | None, format: str
+) -> Tensor:
+    """x (..., n_in) / smooth (n_in,) quantized a row, times an 8-bit weight with scales (1, n_out), plus bias."""
+    rows = x.reshape(-1, x.shape[-1])
+    codes, x_scales = quantize_rows(rows if smooth is None else rows.float() / smooth.float(), format)
+    w = unpack(packed, format, x.shape[-1])
+    exact = codes.float() @ w.float().T if format == "fp8" else torch._int_mm(codes, w.T).float()
+    y = exact * scales.float() * x_scales
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], w.shape[0])
