@@ -24,6 +24,14 @@ def cap(x, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def afresh(x, PACKED: tl.constexpr):
+    """x, 16 bits an element with PACKED: what was computed from it is computed again, and takes no registers until."""
+    if PACKED:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
 def finite(m):
     """Maxima to subtract: 0 for a row of nothing but -inf, so that -inf stays -inf and does not become NaN."""
     return tl.where(m == float("-inf"), 0.0, m)
@@ -46,16 +54,18 @@ def class_weights(ptr, column, inside, WEIGHTED: tl.constexpr):
 
 
 @triton.jit
-def take(u, column, inside, weight_ptr, m, l, smooth, seen, scale, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr):
-    """Take a tile into maximum m, sum l and, with SMOOTH, smooth = sum w (u - m) and seen = sum w, each (R,)."""
+def take(u, column, inside, weight_ptr, m, l, smooth, base, scale, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr):
+    """Take a tile into maximum m, sum l and, with SMOOTH, smooth = sum w (u - base), each (R,).
+
+    base is the first maximum that is finite: near the later ones, so that the sum keeps its digits, and constant.
+    """
     before = m
     _, m, l, _ = online_softmax_step(u, m, l, scale)
     if SMOOTH:
+        base = tl.where(before == float("-inf"), finite(m), base)
         w = class_weights(weight_ptr, column, inside, WEIGHTED)
-        below = tl.where(inside, w * (u - finite(m)[:, None]), 0.0)
-        smooth += moved(before, finite(m)) * seen + tl.sum(below, 1)
-        seen += tl.sum(w, 1)
-    return m, l, smooth, seen
+        smooth += tl.sum(tl.where(inside, w * (u - base[:, None]), 0.0), 1)
+    return m, l, smooth, base
 
 
 @triton.jit
@@ -81,7 +91,7 @@ def cross_entropy_kernel(
     x_strides, dx_strides, target_strides, grad_strides, state_strides,
     ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, EDGE: tl.constexpr, FITS: tl.constexpr,
     FORWARD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, GRAD: tl.constexpr,
-    WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
+    WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """loss = (1 - s) w_y (L - z_y) + s / n sum_j w_j (L - z_j) + z_loss L^2, and its gradient times grad.
 
@@ -89,7 +99,7 @@ def cross_entropy_kernel(
     x, dx: (*rows, n_cols), the classes first_class .. first_class + n_cols of n_classes; dx may be x.
     target, grad: (*rows). weight: (n_classes,), weight_sum: its sum, read with SMOOTH. scale: log2(e) / t.
     state: (planes, *rows), `plane` elements apart: loss, maximum m and sum of exp((x - m) / t); while chunks still come
-    also x_y, sum w (x - m) and sum w. inverse_t: 1 / t. The loss of a target out of range is NaN, of ignore_index 0.
+    also x_y, sum w (x - base) and base. inverse_t: 1 / t. The loss of a target out of range is NaN, of ignore_index 0.
     """
     outer, rows, _ = rows_of_program(n_rows, n_cols, ROWS, False)
     in_rows = rows < n_rows
@@ -103,6 +113,8 @@ def cross_entropy_kernel(
     if WEIGHTED:
         w_y = tl.load(weight_ptr + target, mask=kept & valid, other=0.0).to(tl.float32)
         weight_ptr += first_class
+    if SMOOTH:
+        sum_of_weights = tl.load(weight_sum_ptr) if WEIGHTED else n_classes
 
     state = state_ptr + row_offset(outer, rows, outer_shape, state_strides)
     scale = tl.full((ROWS,), 0.0, tl.float32) + scale
@@ -116,7 +128,7 @@ def cross_entropy_kernel(
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     l = tl.zeros((ROWS,), tl.float32)
     smooth = tl.zeros((ROWS,), tl.float32)
-    seen = tl.zeros((ROWS,), tl.float32)
+    base = tl.zeros((ROWS,), tl.float32)
     if FORWARD:
         # first of all, since the gradient may be written over it
         x_y = tl.load(x_ptr + x_offset + y.to(tl.int64) * x_col, mask=y >= 0, other=0.0).to(tl.float32)
@@ -127,33 +139,34 @@ def cross_entropy_kernel(
             x_y = tl.where(y >= 0, x_y, tl.load(state + 3 * plane, mask=in_rows, other=0.0))
             if SMOOTH:
                 smooth = tl.load(state + 4 * plane, mask=in_rows, other=0.0)
-                seen = tl.load(state + 5 * plane, mask=in_rows, other=0.0)
+                base = tl.load(state + 5 * plane, mask=in_rows, other=0.0)
         if not FITS:
             for start in range(COLS, stop, COLS):
                 p = start + tile
                 inside = read & main_mask(p, shift, n_cols, n_cols, VEC)
                 x = load(x_ptr, x_row + p.to(tl.int64) * x_col, inside, True, float("-inf"), tl.float32, False)
                 u = cap(x, softcap, SOFTCAP)
-                m, l, smooth, seen = take(u, p - shift, inside, weight_ptr, m, l, smooth, seen, scale, WEIGHTED, SMOOTH)
+                m, l, smooth, base = take(u, p - shift, inside, weight_ptr, m, l, smooth, base, scale, WEIGHTED, SMOOTH)
     # the edges and the first tile last: they are still in registers when the statistics are complete
     if EDGE:
         e, in_edge = edge_tile(shift, n_cols, VEC, EDGE)
-        x = load(x_ptr, x_row + e, in_edge & read, True, float("-inf"), tl.float32, False)
-        u_edge = cap(x, softcap, SOFTCAP)
+        x_edge = load(x_ptr, x_row + e, in_edge & read, True, float("-inf"), tl.float32, False)
+        u_edge = cap(x_edge, softcap, SOFTCAP)
         if FORWARD:
-            m, l, smooth, seen = take(
-                u_edge, e - shift, in_edge & read, weight_ptr, m, l, smooth, seen, scale, WEIGHTED, SMOOTH
+            m, l, smooth, base = take(
+                u_edge, e - shift, in_edge & read, weight_ptr, m, l, smooth, base, scale, WEIGHTED, SMOOTH
             )
     inside = read & main_mask(tile, shift, n_cols, n_cols, VEC)
-    x = load(x_ptr, x_row + tile.to(tl.int64) * x_col, inside, True, float("-inf"), tl.float32, False)
-    u = cap(x, softcap, SOFTCAP)
+    held = tl.load(x_ptr + x_row + tile.to(tl.int64) * x_col, mask=inside, other=float("-inf"))
+    u = cap(held.to(tl.float32), softcap, SOFTCAP)
     if FORWARD:
-        m, l, smooth, seen = take(u, tile - shift, inside, weight_ptr, m, l, smooth, seen, scale, WEIGHTED, SMOOTH)
+        m, l, smooth, base = take(u, tile - shift, inside, weight_ptr, m, l, smooth, base, scale, WEIGHTED, SMOOTH)
         if LAST:
             m, log_l = finite(m), tl.log2(l) * LN2
             loss = (1 - label_smoothing) * w_y * (log_l + (m - x_y) * inverse_t)
             if SMOOTH:
-                loss += label_smoothing / n_classes * (seen * log_l - smooth * inverse_t)
+                all_below = sum_of_weights * (log_l + (m - base) * inverse_t) - smooth * inverse_t
+                loss += label_smoothing / n_classes * all_below
             lse = log_l + m * inverse_t
             loss += tl.where(z_loss == 0, 0.0, z_loss * lse * lse)
             loss = tl.where(kept, tl.where(valid, loss, float("nan")), 0.0)
@@ -163,7 +176,7 @@ def cross_entropy_kernel(
             tl.store(state + 3 * plane, x_y, mask=in_rows)
             if SMOOTH:
                 tl.store(state + 4 * plane, smooth, mask=in_rows)
-                tl.store(state + 5 * plane, seen, mask=in_rows)
+                tl.store(state + 5 * plane, base, mask=in_rows)
         tl.store(state + plane, m, mask=in_rows)
         tl.store(state + 2 * plane, l, mask=in_rows)
     else:
@@ -177,7 +190,7 @@ def cross_entropy_kernel(
         spread = g * (label_smoothing / n_classes)
         push = pull
         if SMOOTH:
-            push += spread * (tl.load(weight_sum_ptr) if WEIGHTED else n_classes)
+            push += spread * sum_of_weights
         push += tl.where(z_loss == 0, 0.0, 2 * g * z_loss * (tl.log2(l) * LN2 + m * inverse_t))
         push = push / l
         dx_row, _ = align(row_offset(outer, rows, outer_shape, dx_strides), VEC)
@@ -190,6 +203,7 @@ def cross_entropy_kernel(
             )  # fmt: skip
             tl.store(dx_ptr + dx_row + e, d, mask=in_edge)
         inside = in_rows[:, None] & main_mask(tile, shift, n_cols, n_cols, VEC)
+        u = cap(afresh(held, PACKED).to(tl.float32), softcap, SOFTCAP)
         d = gradient(
             u, tile - shift, inside, weight_ptr, y, m, push, pull, spread, scale, softcap, WEIGHTED, SMOOTH, SOFTCAP
         )

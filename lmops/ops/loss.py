@@ -284,12 +284,18 @@ class Geometry:
                 "num_warps": self.num_warps, "enable_fp_fusion": False}  # fmt: skip
 
 
-def _geometry(full: Sequence[Tensor], per_row: Sequence[Tensor], held: int) -> Geometry:
-    """For tensors `full` (*rows, columns), of which a program holds `held`, and `per_row` (*rows)."""
+def _geometry(full: Sequence[Tensor], per_row: Sequence[Tensor], held: int, more: int) -> Geometry:
+    """For tensors `full` (*rows, columns), of which a program holds `held`, and `per_row` (*rows).
+
+    more: registers an element that a row needs beside, while all of it is held.
+    """
     n_cols = full[0].shape[-1]
     layout = row_layout(full, per_row)
     strides = layout.strides[0]
-    tile = softmax_tile(n_cols, layout.n_rows, held, by_column=strides[-2] == 1 and strides[-1] > 1)
+    by_column = strides[-2] == 1 and strides[-1] > 1
+    tile = softmax_tile(n_cols, layout.n_rows, held + more, by_column)
+    if not tile.fits:
+        tile = softmax_tile(max(n_cols, 32_769), layout.n_rows, held, by_column)
     vec = 16 // min(t.element_size() for t in full)
     aligned = all(s % vec == 0 for s in strides[:-1])
     whole = aligned and n_cols % vec == 0
@@ -310,7 +316,7 @@ def _cross_entropy_launch(
 
     full = [x] if dx is None else [x, dx]
     per_row = [state[LOSS], target] if grad is None else [state[LOSS], target, grad]
-    walk = _geometry(full, per_row, held=1)
+    walk = _geometry(full, per_row, held=1, more=int(dx is not None and o.softcap + o.label_smoothing > 0))
     x_strides, *dx_strides = walk.layout.strides[: len(full)]
     state_strides, target_strides, *grad_strides = walk.layout.strides[len(full) :]
     cross_entropy_kernel[walk.grid](
@@ -319,7 +325,16 @@ def _cross_entropy_launch(
         *_scales(o.temperature), x_strides, *(dx_strides or [(0,)]), target_strides, *(grad_strides or [(0,)]),
         state_strides, **walk.flags, FORWARD=chunk.forward, FIRST=chunk.first == 0, LAST=chunk.last,
         GRAD=dx is not None, WEIGHTED=weight is not None, SMOOTH=o.label_smoothing > 0, SOFTCAP=o.softcap > 0,
+        PACKED=x.element_size() == 2 and walk.vec > 1 and _compiles_to_ptx(),
     )  # fmt: skip
+
+
+def _compiles_to_ptx() -> bool:
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return False
+    return triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
 def _scales(temperature: float) -> tuple[float, float]:
@@ -336,7 +351,7 @@ def _kl_div_launch(
 
     full = [x, y] if dx is None else [x, y, dx]
     given = [t for t in (mask, grad) if t is not None]
-    walk = _geometry(full, [state[LOSS], *given], held=2)
+    walk = _geometry(full, [state[LOSS], *given], held=2, more=2 if dx is not None else 0)
     x_strides, y_strides, *dx_strides = walk.layout.strides[: len(full)]
     state_strides, *others = walk.layout.strides[len(full) :]
     strides = {id(t): s for t, s in zip(given, others, strict=True)}
