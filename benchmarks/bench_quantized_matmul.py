@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Benchmark, Variant
+from lmops.ops.int8_matmul import int8_matmul
 from lmops.ops.quantized_matmul import quantized_matmul, quantized_matmul_backward
 from lmops.quantization import QuantizedTensor
 
@@ -91,11 +92,20 @@ def product(n_rows: int, n_out: int, n_in: int, dtype: torch.dtype, *, bias=Fals
     return run
 
 
+def rounded(n_rows: int, **format):
+    """Host code that launches the product of 8-bit numbers."""
+
+    def run() -> None:
+        int8_matmul(torch.empty(n_rows, 4_096, dtype=bf16), QuantizedTensor.empty((4_096, 4_096), 8, **format))
+
+    return run
+
+
 half, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
+TYPES = {"bf16": bf16, "fp16": half, "fp32": fp32}
 FORMATS = {
     "int4-g128": {"group_size": 128},
     "int4-g128-zeros": {"group_size": 128, "zeros": True},
-    "int4-g32": {"group_size": 32},
     "int4-g32-offsets": {"group_size": 32, "offsets": True, "scale_dtype": half},
     "int4-g48-zeros": {"group_size": 48, "zeros": True},
     "int8-row": {"bits": 8},
@@ -104,40 +114,21 @@ FORMATS = {
 }
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return {half: "fp16", bf16: "bf16", fp32: "fp32"}[dtype]
+def variant(format: str, dtype: str, n_rows: int, shape=(4_096, 4_096), name="", **options) -> Variant:
+    name = f"quantized-matmul-{name}{format}-{dtype}-{n_rows}"
+    core = "any" if dtype != "fp32" else False
+    return Variant(name, product(n_rows, *shape, TYPES[dtype], **FORMATS[format], **options), core)
 
 
-# few rows, which split the columns, and every width of tile; GPT-2 XL's 1,600 columns end within a unit
+# few rows, which split the columns, and every width of tile. GPT-2 XL's 1,600 columns end within a unit, and the odd
+# layer's rows are not aligned
 COMPILE = [
-    *(
-        Variant(
-            f"quantized-matmul-{f}-{name_of(t)}-{rows}", product(rows, 4_096, 4_096, t, **FORMATS[f]), "any", wide=w
-        )
-        for f in FORMATS
-        for t in (bf16, half)
-        for rows, w in ((1, 0.0), (256, 0.0))
-    ),
-    *(
-        Variant(
-            f"quantized-matmul-int4-g128-bf16-{rows}", product(rows, 4_096, 4_096, bf16, **FORMATS["int4-g128"]), "any"
-        )
-        for rows in (32, 64, 128)
-    ),
-    Variant("quantized-matmul-gpt2-xl-bias-1", product(1, 6_400, 1_600, bf16, bias=True, group_size=64), "any"),
-    Variant("quantized-matmul-gpt2-xl-bias-512", product(512, 6_400, 1_600, bf16, bias=True, group_size=64), "any"),
-    Variant("quantized-matmul-odd-1", product(1, 4_095, 4_099, bf16, group_size=128), "any"),
-    Variant("quantized-matmul-odd-512", product(512, 4_095, 4_099, bf16, group_size=128), "any"),
-    *(
-        Variant(f"quantized-matmul-{f}-fp32-{rows}", product(rows, 4_096, 4_096, fp32, **FORMATS[f]), "any")
-        for f in ("int4-g128-zeros", "int8-row", "fp8")
-        for rows in (1, 256)
-    ),
-    *(
-        Variant(
-            f"quantized-matmul-dx-{f}-{name_of(t)}", product(512, 4_096, 4_096, t, backward=True, **FORMATS[f]), "any"
-        )
-        for f in FORMATS
-        for t in (bf16, fp32)
-    ),
+    *(variant(f, t, n) for f in FORMATS for t, n in (("bf16", 1), ("bf16", 512), ("fp16", 512))),
+    *(variant("int4-g128", "bf16", n) for n in (32, 64, 128)),
+    *(variant(f, "fp32", n) for f, n in (("int4-g128-zeros", 1), ("int4-g32-offsets", 512), ("int8-row", 512))),
+    *(variant("int4-g128", "bf16", n, (6_400, 1_600), "gpt2-xl-bias-", bias=True) for n in (1, 512)),
+    *(variant("int4-g128", "bf16", n, (4_095, 4_099), "odd-") for n in (1, 512)),
+    *(variant(f, "bf16", 512, name="dx-", backward=True) for f in FORMATS),
+    *(variant(f, "fp32", 512, name="dx-", backward=True) for f in ("int4-g128-zeros", "int4-g32-offsets", "int8-row")),
+    *(Variant(f"int8-matmul-bf16-{n}", rounded(n), "native" if n > 1 else "any", wide=0.9) for n in (1, 64, 512)),
 ]

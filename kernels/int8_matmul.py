@@ -51,7 +51,7 @@ def quantize_rows_kernel(
             x = load_smooth(x_ptr, smooth_ptr, start + block, n_in, SMOOTH)
         q = tl.div_rn(tl.where(good, x, 0.0), scale)
         if FP8:
-            q = tl.minimum(tl.maximum(q, -448.0), 448.0).to(tl.float8e4nv).to(tl.int8, bitcast=True)
+            q = tl.minimum(tl.maximum(q, -448.0), 448.0).to(tl.float8e4nv)
         else:  # adding 1.5 2^23 leaves no bits behind the point
             q = (tl.minimum(tl.maximum(q, -127.0), 127.0) + 12582912.0) - 12582912.0
             q = q.to(tl.int8)
@@ -82,16 +82,17 @@ def int8_matmul_kernel(
     w_offset = (k // 64)[None, :] * unit_stride + (tl.arange(0, M)[:, None] * 64 + (k % 64)[None, :])
     w_ptr += tl.cast(out0, tl.int64) * 64
     acc = tl.zeros((M, N), tl.float32 if FP8 else tl.int32)
+    ZERO: tl.constexpr = 0.0 if FP8 else 0
     begin = split * blocks_a_split
     for block in range(begin, tl.minimum(begin + blocks_a_split, tl.cdiv(n_bytes, K))):
         w_mask, x_mask = in_outs[:, None], in_rows[None, :]
         if EDGE:
             inside = block * K + k < n_bytes
             w_mask, x_mask = w_mask & inside[None, :], x_mask & inside[:, None]
-        w = tl.load(w_ptr + block * (K // 64) * unit_stride + w_offset, mask=w_mask, other=0)
-        x = tl.load(codes_ptr + block * K + x_offset, mask=x_mask, other=0)
+        w = tl.load(w_ptr + block * (K // 64) * unit_stride + w_offset, mask=w_mask, other=ZERO)
+        x = tl.load(codes_ptr + block * K + x_offset, mask=x_mask, other=ZERO)
         if FP8:
-            acc = tl.dot(w.to(tl.float8e4nv, bitcast=True), x.to(tl.float8e4nv, bitcast=True), acc)
+            acc = tl.dot(w, x, acc)
         else:
             acc = tl.dot(w, x, acc, out_dtype=tl.int32)
     x_scales = tl.load(x_scales_ptr + rows, mask=in_rows, other=0.0)

@@ -44,7 +44,8 @@ def _triton(
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     (n_rows, n_in), (units, n_out) = rows.shape, packed.shape[:2]
     n_bytes = 64 * units
-    codes = torch.empty(n_rows, n_bytes, dtype=torch.int8, device=x.device)
+    eight_bits = torch.float8_e4m3fn if fp8 else torch.int8
+    codes = torch.empty(n_rows, n_bytes, dtype=eight_bits, device=x.device)
     x_scales = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     block = min(8_192, 1 << (n_bytes - 1).bit_length())
     quantize_rows_kernel[(n_rows,)](
@@ -55,7 +56,7 @@ def _triton(
     split = tile.splits > 1
     out = y.new_empty(tile.splits, n_rows, n_out, dtype=torch.float32) if split else y
     int8_matmul_kernel[(-(-n_out // tile.block_m) * -(-n_rows // tile.block_n), tile.splits)](
-        codes, x_scales, packed.view(torch.int8), scales, bias, out, n_rows, n_out, n_bytes,
+        codes, x_scales, packed.view(eight_bits), scales, bias, out, n_rows, n_out, n_bytes,
         -(-blocks // tile.splits), M=tile.block_m, N=tile.block_n, K=BLOCK_K,
         BIAS=bias is not None and not split, SPLIT=split, EDGE=n_bytes % BLOCK_K != 0, FP8=fp8,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
