@@ -144,6 +144,6 @@ COMPILE = [
     Variant("sampling-fp32-everything-262144", draws(262_144, fp32, per_row=True, shifted=True, return_logprobs=1)),
     Variant("sampling-bf16-filter-logits-8192", lambda: filter_logits(torch.empty(64, 8_192, dtype=bf16), top_p=P)),
     Variant("sampling-bf16-filter-logits-128256", lambda: filter_logits(torch.empty(8, 128_256, dtype=bf16), top_p=P)),
-    Variant("sampling-bf16-verify-128256", verifies(128_256, bf16, True), wide=0.5),
-    Variant("sampling-fp16-verify-no-logits-32000", verifies(32_000, half, False), wide=0.5),
+    Variant("sampling-bf16-verify-128256", verifies(128_256, bf16, True), wide=0.3),
+    Variant("sampling-fp16-verify-no-logits-32000", verifies(32_000, half, False), wide=0.3),
 ]

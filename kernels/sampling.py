@@ -125,13 +125,12 @@ def from_key(key):
 
 
 @triton.jit
-def parameter(value, row, stride):
-    """A number, or the row's entry of a tensor."""
-    value = tl.to_tensor(value)
-    if value.dtype.is_ptr():
-        return tl.load(value + row.to(tl.int64) * stride)
+def parameter(value, row, stride, TYPE: tl.constexpr = tl.float32):
+    """The row's entry of a tensor, or where stride is None a number."""
+    if stride is None:
+        return tl.full((), 0, TYPE) + value
     else:
-        return value
+        return tl.load(value + row.to(tl.int64) * stride)
 
 
 @triton.jit
@@ -431,9 +430,9 @@ def sample_kernel(
 
     logits, bias, allowed (uint8), counts: (B, V) with any strides, of which row_strides and col_strides have one each.
     parameters: temperature, top_k, top_p, min_p and the three penalties, each a number or a pointer to (B,); seed and
-    offset likewise; parameter_strides: one each. tokens (B,) int64, valid (B,) uint8, logprobs and lse (B,) float32.
-    values, ids: (programs, V) to write what may be kept; programs take the rows from first_row on. FILTERS: rows may
-    have filters. FITS: V <= BLOCK.
+    offset likewise; parameter_strides: one each, None for a number. tokens (B,) int64, valid (B,) uint8, logprobs and
+    lse (B,) float32. values, ids: (programs, V) to write what may be kept; programs take the rows from first_row on.
+    FILTERS: rows may have filters. FITS: V <= BLOCK.
     """
     row = first_row + tl.program_id(0)
     r = row.to(tl.int64)
@@ -447,8 +446,8 @@ def sample_kernel(
         parameter(parameters[5], row, parameter_strides[5]).to(tl.float32),
         parameter(parameters[6], row, parameter_strides[6]).to(tl.float32),
     )
-    seed = parameter(seed, row, parameter_strides[7]).to(tl.int64)
-    offset = parameter(offset, row, parameter_strides[8]).to(tl.int64)
+    seed = parameter(seed, row, parameter_strides[7], tl.int64).to(tl.int64)
+    offset = parameter(offset, row, parameter_strides[8], tl.int64).to(tl.int64)
     if FILTERS:
         top_k, top_p, min_p = row_filters(parameters, row, parameter_strides, n_cols)
         if (greedy == 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
@@ -551,8 +550,8 @@ def accept_kernel(
     row, i = tl.program_id(0) // n_drafts, tl.program_id(0) % n_drafts
     r, j = row.to(tl.int64), i.to(tl.int64)
     good, greedy, _, scale = row_temperature(temperature, row, parameter_strides[0])
-    seed = parameter(seed, row, parameter_strides[1]).to(tl.int64)
-    offset = parameter(offset, row, parameter_strides[2]).to(tl.int64) + j
+    seed = parameter(seed, row, parameter_strides[1], tl.int64).to(tl.int64)
+    offset = parameter(offset, row, parameter_strides[2], tl.int64).to(tl.int64) + j
     ptr = target_ptr + r * target_strides[0] + j * target_strides[1]
     peak, first, share = draft_weights(ptr, target_strides[2], n_cols, scale, BLOCK)
     token = tl.load(draft_tokens_ptr + r * token_strides[0] + j * token_strides[1]).to(tl.int64)
@@ -600,8 +599,8 @@ def redraw_kernel(
     accepted = tl.load(accepted_ptr + r * n_drafts + positions, mask=drafted, other=0)
     n = tl.min(tl.where(accepted == 0, positions, POSITIONS), 0)
     rejected = (n < length) & (greedy == 0)
-    seed = parameter(seed, row, parameter_strides[1]).to(tl.int64)
-    offset = parameter(offset, row, parameter_strides[2]).to(tl.int64) + n
+    seed = parameter(seed, row, parameter_strides[1], tl.int64).to(tl.int64)
+    offset = parameter(offset, row, parameter_strides[2], tl.int64).to(tl.int64) + n
     token_ptrs = draft_tokens_ptr + r * token_strides[0] + positions.to(tl.int64) * token_strides[1]
     drafts = tl.load(token_ptrs, mask=drafted, other=-1).to(tl.int64)
     refused = tl.max(tl.where((positions == n) & rejected, drafts, -1), 0)

@@ -230,7 +230,7 @@ def _sample_triton(
     strides = (
         tuple(t.stride(0) for t in full),
         tuple(t.stride(1) for t in full),
-        tuple(0 if t is None else t.stride(0) for t in per_row),
+        tuple(None if t is None else t.stride(0) for t in per_row),
     )
     lse = torch.empty_like(logprobs)
     *parameters, seeds, offsets = (
@@ -300,7 +300,7 @@ def _filter_triton(logits: Tensor, per_row: Parameters, numbers: Sequence[float]
         filter_kernel[(min(at_once, n_rows - first),)](
             logits, out, *lists, parameters, first, n_cols,
             (logits.stride(0), out.stride(0)), (logits.stride(1), out.stride(1)),
-            tuple(0 if t is None else t.stride(0) for t in per_row),
+            tuple(None if t is None else t.stride(0) for t in per_row),
             FITS=tile.fits, BLOCK=tile.cols, LIST_BLOCK=tile.list_cols,
             num_warps=max(1, tile.threads // warp_size()), enable_fp_fusion=False,
         )  # fmt: skip
@@ -395,11 +395,11 @@ def _verify_triton(
         return outputs
     accepted = target.new_empty((n_rows, n_drafts), dtype=torch.uint8)
     sums = target.new_empty((n_rows, n_drafts, 4), dtype=torch.float32)
-    tile = sampling_tile(target.shape[-1], filters=False)
+    tile = sampling_tile(target.shape[-1], filters=False, extras=True)
     values = [v if t is None else t for t, v in zip(per_row, (temperature, seed, offset), strict=False)]
     q = target if draft is None else draft
     shapes = (n_drafts, target.shape[-1], target.stride(), q.stride(), draft_tokens.stride())
-    strides = tuple(0 if t is None else t.stride(0) for t in per_row)
+    strides = tuple(None if t is None else t.stride(0) for t in per_row)
     options = {
         "DRAFT": draft is not None,
         "BLOCK": tile.cols,
