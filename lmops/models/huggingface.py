@@ -19,7 +19,7 @@ from torch import Tensor
 from lmops.models.checkpoint import CheckpointError, NameTable, StoredTensor, Target, check_features, naming
 from lmops.models.extras import require
 from lmops.models.gpt import GPTConfig, RopeScaling
-from lmops.models.quantized import assemble, read_scheme
+from lmops.models.quantized import PARTS, assemble, read_scheme
 
 Settings = Mapping[str, Any]
 
@@ -393,9 +393,8 @@ def read_folder(folder: Path) -> tuple[GPTConfig, list[StoredTensor], NameTable]
         warnings.warn(f"{source}: these keys are unknown and have no effect: {', '.join(unknown)}", stacklevel=4)
     with naming(source, "not the configuration of a model"):
         config = architecture.config(settings, source)
-    stored = stored_tensors(folder, architecture.weightless, scheme.suffixes if scheme else ())
-    if scheme is not None:
-        stored = assemble(scheme, stored)
+    stored = stored_tensors(folder, architecture.weightless, PARTS)
+    stored = assemble(scheme, stored)
     prefix = architecture.prefix
     if not any(tensor.name.startswith(prefix) for tensor in stored):
         prefix = ""

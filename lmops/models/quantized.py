@@ -27,6 +27,7 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # the tensors 
         (".weight_packed", ".weight_scale", ".weight_shape"), (".weight_zero_point", ".weight_g_idx"),
     ),
 }  # fmt: skip
+PARTS = tuple({suffix: 0 for needed, optional in _FORMATS.values() for suffix in needed + optional})
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,6 @@ class Scheme:
     act_order: bool
     version: int
     source: Path
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Ends of the names of the tensors that only quantized weights have."""
-        needed, optional = _FORMATS[self.method]
-        return needed + optional
 
 
 def read_scheme(settings: Settings, source: Path) -> Scheme | None:
@@ -155,11 +150,19 @@ def _compressed_weights(group: _Config, source: Path) -> Scheme:
 # ---- tensors ------------------------------------------------------------------------------------------------------
 
 
-def assemble(scheme: Scheme, stored: list[StoredTensor]) -> list[StoredTensor]:
+def assemble(scheme: Scheme | None, stored: list[StoredTensor]) -> list[StoredTensor]:
     """The tensors with each set of parts of a quantized weight replaced by one `StoredTensor` of that weight.
 
     Raises CheckpointError where the sets are incomplete or do not agree with the scheme, from their headers alone.
     """
+    if scheme is None:
+        first = next((tensor for tensor in stored if tensor.name.endswith(PARTS)), None)
+        if first is not None:
+            raise CheckpointError(
+                f"{first.file}: tensor {first.name!r} is of a quantized weight, but config.json has no "
+                "quantization_config that says how"
+            )
+        return stored
     needed, optional = _FORMATS[scheme.method]
     parts: dict[str, dict[str, StoredTensor]] = {}
     plain = []

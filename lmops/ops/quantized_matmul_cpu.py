@@ -21,6 +21,7 @@ from lmops.ops.quantized_matmul import FLOATS, Quantized, _chunks, quantized_mat
 from lmops.reference.quantization import unpack
 
 _BAG = {"int4": "embedding_bag_4bit_rowwise_offsets", "int8": "embedding_bag_byte_rowwise_offsets"}
+_BAG_COLUMNS = 64
 _HALF_MAX = torch.finfo(torch.float16).max
 _native = (
     "fbgemm" in torch.backends.quantized.supported_engines
@@ -62,7 +63,7 @@ class CPUWeight:
         if x.numel() == n_in and self.w.format in _BAG:
             if self._bags is None:
                 self._bags = _Bags(self.w)
-            y = self._bags(rows.reshape(n_in)).view(*x.shape[:-1], n_out)
+            y = self._bags(rows.reshape(n_in).contiguous()).view(*x.shape[:-1], n_out)
         else:
             if self._half is None:
                 self._half = _half(self.w)
@@ -97,9 +98,12 @@ class _Bags:
         self.n_out = n_out
         self.permutation = None if w.permutation is None else w.permutation.long()
         self.columns = torch.arange(n_in, dtype=torch.int32)
-        self.bounds = torch.arange(0, n_in, size, dtype=torch.int32)
-        self.scales = w.scales.float()
-        offsets = w.offsets if w.zeros is None else -self.scales * w.zeros
+        # a long group is several bags: a bag's sum is one chain of additions, whose errors grow with its length
+        starts = [k for group in range(0, n_in, size) for k in range(group, min(group + size, n_in), _BAG_COLUMNS)]
+        self.bounds = torch.tensor(starts, dtype=torch.int32)
+        scales = w.scales.float()
+        self.scales = scales if len(starts) == len(scales) else scales[self.bounds // size]
+        offsets = w.offsets if w.zeros is None else -scales * w.zeros
         self.offsets = None if offsets is None else offsets.float()
         self.group_size, self.ragged = size, n_in % size
         self.table = _table(w, 8 if w.format == "int4" and offsets is None else 0)
