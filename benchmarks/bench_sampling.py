@@ -131,7 +131,7 @@ COMPILE = [
     Variant("sampling-bf16-128256", draws(128_256, bf16), wide=0.75),
     Variant("sampling-fp32-151936", draws(151_936, fp32), wide=0.75),
     Variant("sampling-fp16-50257", draws(50_257, half)),
-    Variant("sampling-bf16-shifted-151936", draws(151_936, bf16, shifted=True, return_logprobs=1), wide=0.75),
+    Variant("sampling-bf16-shifted-151936", draws(151_936, bf16, shifted=True, return_logprobs=1), wide=0.7),
     Variant("sampling-fp32-top-p-32", draws(32, fp32, top_p=P)),
     Variant("sampling-bf16-top-p-1000", draws(1_000, bf16, top_p=P, return_logprobs=5)),
     Variant("sampling-bf16-top-p-8192", draws(8_192, bf16, top_p=P)),
