@@ -78,7 +78,7 @@ def quantize_model(
     }
     settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     report = _Progress(len(layers) if progress else 0)
-    with torch.no_grad(), _undone_on_error() as edit:
+    with torch.no_grad(), _evaluating(model), _undone_on_error() as edit:
         if method == "rtn":
             done: set[str] = set()
         else:
@@ -158,39 +158,38 @@ def _quantize_blocks(
     prefix, blocks = _find_blocks(model, layers, method)
     done: set[str] = set()
     left: Counter[str] = Counter()
-    with _evaluating(model):
-        hidden, calls = _first_pass(model, prefix, blocks, batches)
-        for i, block in enumerate(blocks):
-            path = f"{prefix}.{i}."
-            inside = {name.removeprefix(path): layer for name, layer in layers.items() if name.startswith(path)}
-            inputs = _inputs(block, inside, path, hidden, calls[i])
-            work, scales = block, {}
-            if method == "awq":
-                work = copy.deepcopy(block).float()
-                x, call = tree_map_only(Tensor, _to_float32, (hidden[0], calls[i][0]))
-                scales = scale_channels(work, partial(_run, x=x, call=call), inputs, **settings)
-                left.update(inputs.keys() - scales.keys())
-                _take_norms(block, work, inside, edit)
-            for name, layer in inside.items():
-                weight, seen = float_weight(work.get_submodule(name)), inputs.get(name)
-                bias: Any = layer.bias
-                options = {**settings, "scale_dtype": scale_dtypes[path + name], "name": path + name}
-                if method == "gptq" and seen is not None:
-                    packed = gptq(weight, seen.gram, **options)
-                else:
-                    importance = None if seen is None else seen.gram.diagonal() / scales.get(name, 1.0) ** 2
-                    packed = round_to_nearest(weight, **options, importance=importance)
-                if bias is not None and method == "awq":
-                    scaled = work.get_parameter(f"{name}.bias").to(bias.dtype)
-                    bias = nn.Parameter(scaled.detach(), bias.requires_grad)
-                _replace(model, layer, packed, bias, edit)
-                done.add(path + name)
-                report(path + name)
-            hidden = [_run(block, x, call) for x, call in zip(hidden, calls[i], strict=True)]
-            calls[i] = []
-            for module in block.modules():
-                if isinstance(module, QuantLinear):
-                    module.forget()
+    hidden, calls = _first_pass(model, prefix, blocks, batches)
+    for i, block in enumerate(blocks):
+        path = f"{prefix}.{i}."
+        inside = {name.removeprefix(path): layer for name, layer in layers.items() if name.startswith(path)}
+        inputs = _inputs(block, inside, path, hidden, calls[i])
+        work, scales = block, {}
+        if method == "awq":
+            work = copy.deepcopy(block).float()
+            x, call = tree_map_only(Tensor, _to_float32, (hidden[0], calls[i][0]))
+            scales = scale_channels(work, partial(_run, x=x, call=call), inputs, **settings)
+            left.update(inputs.keys() - scales.keys())
+            _take_norms(block, work, inside, edit)
+        for name, layer in inside.items():
+            weight, seen = float_weight(work.get_submodule(name)), inputs.get(name)
+            bias: Any = layer.bias
+            options = {**settings, "scale_dtype": scale_dtypes[path + name], "name": path + name}
+            if method == "gptq" and seen is not None:
+                packed = gptq(weight, seen.gram, **options)
+            else:
+                importance = None if seen is None else seen.gram.diagonal() / scales.get(name, 1.0) ** 2
+                packed = round_to_nearest(weight, **options, importance=importance)
+            if bias is not None and method == "awq":
+                scaled = work.get_parameter(f"{name}.bias").to(bias.dtype)
+                bias = nn.Parameter(scaled.detach(), bias.requires_grad)
+            _replace(model, layer, packed, bias, edit)
+            done.add(path + name)
+            report(path + name)
+        hidden = [_run(block, x, call) for x, call in zip(hidden, calls[i], strict=True)]
+        calls[i] = []
+        for module in block.modules():
+            if isinstance(module, QuantLinear):
+                module.forget()
     if left:
         which = ", ".join(f"{name} ({count} of {len(blocks)})" for name, count in sorted(left.items()))
         warnings.warn(
@@ -292,18 +291,19 @@ def _undone_on_error() -> Iterator[Edit]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
+    """Evaluation mode; afterwards each module, also a new one, has the mode of what had its name."""
+    training = {name for name, module in model.named_modules(remove_duplicate=False) if module.training}
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for name, module in model.named_modules(remove_duplicate=False):
+            module.training = name in training
 
 
 def _replace(model: nn.Module, layer: nn.Module, weight: QuantizedTensor, bias: Any, edit: Edit) -> None:
     """Put a `QuantLinear` wherever `layer` is."""
-    new = QuantLinear.from_quantized(weight, bias, float_weight(layer).dtype).train(layer.training)
+    new = QuantLinear.from_quantized(weight, bias, float_weight(layer).dtype)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is layer:
