@@ -362,3 +362,44 @@ def store_part(dx_ptr, part, rows, columns, n_rows, n_in):
     tl.store(
         dx_ptr + offset, part.to(dx_ptr.dtype.element_ty), mask=(rows < n_rows)[:, None] & (columns < n_in)[None, :]
     )
+
+
+# ------------------------------------------------------------------------------------------------------- rows of W
+
+
+@triton.jit
+def quantized_rows_kernel(
+    index_ptr, packed_ptr, scales_ptr, shift_ptr, y_ptr, n_out, n_in,
+    UNITS: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """y (n, n_in), contiguous = the rows index (n,) of W, dequantized in float32 and rounded once.
+
+    A program takes UNITS units of one row. An index outside 0 .. n_out - 1 gives NaN.
+    """
+    index = tl.load(index_ptr + tl.program_id(0))
+    in_rows = (index >= 0) & (index < n_out)
+    row = tl.where(in_rows, index, 0).to(tl.int64)
+    units = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[:, None]
+    place = tl.arange(0, 32)[None, :]
+    w = tl.load(packed_ptr + (units.to(tl.int64) * n_out + row) * 32 + place, mask=units * (32 * PARTS) < n_in, other=0)
+    word = place // 4 % 2 * 16 + place // 2 % 2 * 8 + place // 8 * 2 + place % 2
+    y_ptr += tl.program_id(0).to(tl.int64) * n_in
+    for PART in tl.static_range(PARTS):
+        columns = units * (32 * PARTS) + 32 * PART + word
+        inside = columns < n_in
+        groups = columns // GROUP if GROUP else columns * 0
+        at = groups.to(tl.int64) * n_out + row
+        s = tl.load(scales_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        q = codes(w, PART, FORMAT, tl.float32, False)
+        if SHIFT == "offsets":
+            q = q * s + tl.load(shift_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        elif SHIFT == "zeros":
+            q = (q - tl.load(shift_ptr + at, mask=inside, other=0).to(tl.float32)) * s
+        elif FORMAT == "int4":
+            q = (q - 8.0) * s
+        elif FORMAT == "fp8":
+            q = q * 1.329227995784916e36 * s
+        else:
+            q = q * s
+        q = tl.where(in_rows, q, float("nan"))
+        tl.store(y_ptr + columns, q.to(y_ptr.dtype.element_ty), mask=inside)
