@@ -3,7 +3,10 @@
 from lmops.engine import generate
 from lmops.models import GPT, GPTConfig, load
 from lmops.ops.attention import scaled_dot_product_attention
+from lmops.ops.int8_matmul import int8_matmul
 from lmops.ops.loss import cross_entropy, kl_div, linear_cross_entropy, linear_kl_div
+from lmops.ops.quantized_embedding import quantized_embedding
+from lmops.ops.quantized_matmul import quantized_matmul
 from lmops.ops.sampling import filter_logits, sample, verify_draft
 from lmops.ops.softmax import log_softmax, softmax
 
@@ -15,11 +18,14 @@ __all__ = [
     "cross_entropy",
     "filter_logits",
     "generate",
+    "int8_matmul",
     "kl_div",
     "linear_cross_entropy",
     "linear_kl_div",
     "load",
     "log_softmax",
+    "quantized_embedding",
+    "quantized_matmul",
     "sample",
     "scaled_dot_product_attention",
     "softmax",
