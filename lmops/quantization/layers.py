@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lmops.ops.quantized_embedding import quantized_embedding
 from lmops.quantization.linear import QuantLinear
-from lmops.reference.quantization import dequantize
 
 
 class QuantEmbedding(nn.Module):
@@ -29,13 +29,7 @@ class QuantEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) integers below n_tokens -> (..., width) in the table's `dtype`."""
-        w, rows = self.table.quantized, tokens.flatten()
-        y = dequantize(
-            w.packed[:, rows], w.scales[:, rows], None if w.zeros is None else w.zeros[:, rows],
-            None if w.offsets is None else w.offsets[:, rows], w.permutation, w.format, w.group_size, w.shape[1],
-            self.table.dtype,
-        )  # fmt: skip
-        return y.view(*tokens.shape, w.shape[1])
+        return quantized_embedding(tokens, self.table.quantized, self.table.dtype)
 
 
 class JoinedLinear(nn.Module):
