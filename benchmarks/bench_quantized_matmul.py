@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks.harness import Benchmark, Variant
 from lmops.ops.int8_matmul import int8_matmul
 from lmops.ops.quantized_matmul import quantized_matmul, quantized_matmul_backward
+from lmops.ops.quantized_matmul_cpu import CPUWeight, cpu_weight_helps
 from lmops.quantization import QuantizedTensor
 
 ROWS = (1, 8, 64, 512, 4_096)
@@ -25,6 +27,7 @@ LAYERS = {  # (n_out, n_in)
 
 def benchmark(layer: str, bits: int, group_size: int) -> Benchmark:
     """A layer with a quantized weight; on a CPU at most 4,096 by 4,096 of it."""
+    kept = WeakIdKeyDictionary()
 
     def inputs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """x, the dequantized weight, the packed one, and where torch has a kernel: the same codes as it packs them."""
@@ -42,7 +45,11 @@ def benchmark(layer: str, bits: int, group_size: int) -> Benchmark:
     def ours(x: Tensor, w: Tensor, packed: Tensor, scales: Tensor, *rest: Tensor) -> Tensor:
         n_out, n_in = w.shape
         q = QuantizedTensor(packed, scales, None, None, None, f"int{bits}", group_size, (n_out, n_in))
-        return quantized_matmul(x, q)
+        if not cpu_weight_helps(x, packed, None):
+            return quantized_matmul(x, q)
+        if packed not in kept:  # on a CPU a layer keeps this form, made in its first call
+            kept[packed] = CPUWeight(q)
+        return kept[packed].matmul(x)
 
     def torch_int4(x: Tensor, w: Tensor, packed: Tensor, scales: Tensor, *rest: Tensor) -> Tensor:
         if not rest:
