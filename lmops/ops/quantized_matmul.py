@@ -63,9 +63,10 @@ def quantized_matmul_tile(
         block_m, block_n, num_warps, num_stages = 64, min(block_n, 64), 4, 3
     elif block_n <= 32:
         num_warps, num_stages = 4, 4
-    elif converted:
+    elif converted and not target.startswith(("sm_10", "gfx")):
         block_n, num_warps, num_stages = min(block_n, 128), 8, 3
     elif block_n == 64 or target != "sm_90":
+        # gfx942 has 64 KB of shared memory; for sm_100 Triton 3.7.1 makes an empty kernel of 8 warps and offsets
         block_n, num_warps, num_stages = 64, 4, 3
     else:  # results that are not aligned take more registers to store
         block_n, num_warps, num_stages = block_n if n_out % 8 == 0 else 128, 8, 3
