@@ -1,15 +1,19 @@
-"""Prefill and greedy decode of `lmops.generate` and of transformers' `generate`, on the same fp32 weights in one run.
+"""Prefill and greedy decode of `lmops.generate`, transformers' `generate` and llama.cpp on one checkpoint in one run.
 
-    python -m benchmarks.bench_generate --model SmolLM2-135M-Instruct.Q4_1.gguf --threads 1 2
+    python -m benchmarks.bench_generate --model SmolLM2-135M-Instruct.Q4_1.gguf --threads 1 --batch 1 8 --clock cpu
     python -m benchmarks.bench_generate                # random weights in SmolLM2-135M's shape
 
-Both models produce the same greedy tokens, or no time is printed. Repetitions alternate between the two, so that a
-machine that slows down slows both; figures are medians.
+Engines: lmops with the weights as the checkpoint has them, lmops and transformers with the same weights in float32, and
+llama.cpp where the checkpoint is a GGUF file and llama-cpp-python is installed. In float32 the greedy tokens of lmops
+and transformers are equal, or no time is printed. Repetitions go round all engines, so that a machine that slows down
+slows all; figures are medians. `--clock cpu` counts the process's own seconds of a core, which on one thread leaves out
+what other programs took.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +24,7 @@ import torch
 from lmops.engine.generation import generate
 from lmops.models import GPT, GPTConfig, load
 from lmops.models.gpt import Block
+from lmops.quantization import QuantLinear
 
 
 def transformers_twin(model: GPT) -> torch.nn.Module:
@@ -73,10 +78,11 @@ def transformers_twin(model: GPT) -> torch.nn.Module:
 
 
 class Ours:
-    name = "lmops"
+    name = "lmops fp32"
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, name: str = name) -> None:
         self.model = model
+        self.name = name
 
     def __call__(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         return generate(self.model, prompts, max_new_tokens=new_tokens)
@@ -98,17 +104,63 @@ class Transformers:
         return result[:, tokens.shape[1] :].tolist()
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+class LlamaCpp:
+    """llama.cpp through its C interface, which has batches: sequence i of a batch is prompt i."""
+
+    name = "llama.cpp"
+
+    def __init__(self, path: str, threads: int, batch: int, tokens: int) -> None:
+        import llama_cpp
+
+        self.c = llama_cpp
+        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(self.quiet, None)
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_seq_max = tokens * batch, tokens * batch, batch
+        settings.n_threads = settings.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def _step(self, tokens: list[list[int]], start: int) -> list[int]:
+        """Feed tokens of every sequence, the same number each, and choose the next one of each."""
+        import numpy as np
+
+        n = len(tokens[0])
+        batch = self.c.llama_batch_init(n * len(tokens), 0, 1)
+        batch.n_tokens = n * len(tokens)
+        for row, new in enumerate(tokens):
+            for i, token in enumerate(new):
+                at = row * n + i
+                batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, start + i, 1
+                batch.seq_id[at][0], batch.logits[at] = row, i == n - 1
+        assert self.c.llama_decode(self.context, batch) == 0
+        logits = [self.c.llama_get_logits_ith(self.context, row * n + n - 1) for row in range(len(tokens))]
+        chosen = [int(np.ctypeslib.as_array(row, (self.vocab_size,)).argmax()) for row in logits]
+        self.c.llama_batch_free(batch)
+        return chosen
+
+    def __call__(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        self.c.llama_memory_clear(self.c.llama_get_memory(self.context), True)
+        steps = [self._step(prompts, 0)]
+        for i in range(new_tokens - 1):
+            steps.append(self._step([[token] for token in steps[-1]], len(prompts[0]) + i))
+        return [list(row) for row in zip(*steps, strict=True)]
 
 
-def load_model(path: str | None) -> GPT:
+Engine = Ours | Transformers | LlamaCpp
+
+
+def load_models(path: str | None) -> list[Engine]:
+    """lmops as stored, if that is quantized, lmops in float32, transformers."""
     if path is None:
         torch.manual_seed(0)
-        return GPT(GPTConfig.smollm2_135m()).eval()
-    return load(path, dtype=torch.float32, load_tokenizer=False)[0]
+        model = GPT(GPTConfig.smollm2_135m()).eval()
+        return [Ours(model), Transformers(model)]
+    model = load(path, dtype=torch.float32, quantized="dequantize", load_tokenizer=False)[0]
+    kept = load(path, dtype=torch.float32, load_tokenizer=False)[0]
+    quantized = any(isinstance(module, QuantLinear) for module in kept.modules())
+    return [*([Ours(kept, "lmops")] if quantized else []), Ours(model), Transformers(model)]
 
 
 @pytest.mark.parametrize("engine", [Ours, Transformers], ids=lambda engine: engine.name)
@@ -138,31 +190,44 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512, help="of the prefill measurement")
     parser.add_argument("--new-tokens", type=int, default=64, help="of the decode measurement")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     args = parser.parse_args()
 
-    model = load_model(args.model)
-    engines: list[Ours | Transformers] = [Ours(model), Transformers(model)]
+    now = time.perf_counter if args.clock == "wall" else time.process_time
+    engines = load_models(args.model)
+    config = next(engine.model.config for engine in engines if isinstance(engine, Ours))
+    longest = args.prompt_tokens + args.new_tokens + 1
+    llama = (args.model or "").endswith(".gguf") and importlib.util.find_spec("llama_cpp") is not None
+    names = [engine.name for engine in engines] + ["llama.cpp"] * llama
     draw = torch.Generator().manual_seed(0)
-    print(f"torch {torch.__version__}, fp32, tokens/s, medians of {args.repeats}")
-    print(f"{'':24}{'threads':>8}{'batch':>6}{'lmops':>10}{'transformers':>14}{'ratio':>7}")
+    print(f"torch {torch.__version__}, {args.clock} clock, tokens/s, medians of {args.repeats}")
+    print(f"{'':24}{'threads':>8}{'batch':>6}" + "".join(f"{name:>14}" for name in names))
 
-    def row(what: str, threads: int, prompts: list[list[int]], tokens: int, measure: Callable) -> None:
-        times: dict[str, list[float]] = {engine.name: [] for engine in engines}
-        for _ in range(args.repeats):
-            for engine in engines:
-                times[engine.name].append(measure(engine, prompts))
-        ours, theirs = (len(prompts) * tokens / statistics.median(times[engine.name]) for engine in engines)
-        print(f"{what:24}{threads:8}{len(prompts):6}{ours:10.1f}{theirs:14.1f}{ours / theirs:7.2f}", flush=True)
+    def seconds(call: Callable[[], object]) -> float:
+        start = now()
+        call()
+        return now() - start
 
     for threads in args.threads:
         torch.set_num_threads(threads)
         for batch in args.batch:
-            long = torch.randint(model.config.vocab_size, (batch, args.prompt_tokens), generator=draw).tolist()
+            running = [*engines, *([LlamaCpp(args.model, threads, batch, longest)] if llama else [])]
+            long = torch.randint(config.vocab_size, (batch, args.prompt_tokens), generator=draw).tolist()
             short = [prompt[:8] for prompt in long]
-            for prompts in (long, short):
-                found = [engine(prompts, 16) for engine in engines]
-                if found[0] != found[1]:
-                    raise SystemExit(f"greedy tokens differ: {found[0]} of lmops, {found[1]} of transformers")
+
+            def row(what: str, prompts: list[list[int]], tokens: int, measure: Callable, running=running) -> None:
+                found = {engine.name: engine(prompts, 16) for engine in running}
+                if found["lmops fp32"] != found["transformers"]:
+                    raise SystemExit(f"greedy tokens differ: {found}")
+                times: dict[str, list[float]] = {engine.name: [] for engine in running}
+                for _ in range(args.repeats):
+                    for engine in running:
+                        times[engine.name].append(measure(engine, prompts))
+                speeds = [len(prompts) * tokens / statistics.median(times[engine.name]) for engine in running]
+                print(
+                    f"{what:24}{torch.get_num_threads():8}{len(prompts):6}" + "".join(f"{v:14.1f}" for v in speeds),
+                    flush=True,
+                )
 
             def prefill(engine, prompts):
                 return seconds(lambda: engine(prompts, 1))
@@ -170,9 +235,9 @@ def main() -> None:
             def decode(engine, prompts):  # without the prompt's own step
                 return seconds(lambda: engine(prompts, args.new_tokens + 1)) - seconds(lambda: engine(prompts, 1))
 
-            row(f"prefill {args.prompt_tokens}", threads, long, args.prompt_tokens, prefill)
-            row(f"decode {args.new_tokens}", threads, short, args.new_tokens, decode)
-            row(f"decode {args.new_tokens} after {args.prompt_tokens}", threads, long, args.new_tokens, decode)
+            row(f"prefill {args.prompt_tokens}", long, args.prompt_tokens, prefill)
+            row(f"decode {args.new_tokens}", short, args.new_tokens, decode)
+            row(f"decode {args.new_tokens} after {args.prompt_tokens}", long, args.new_tokens, decode)
 
 
 if __name__ == "__main__":
