@@ -70,14 +70,18 @@ def take(u, column, inside, weight_ptr, m, l, smooth, base, scale, WEIGHTED: tl.
 
 @triton.jit
 def gradient(
-    u, column, inside, weight_ptr, y, m, push, pull, spread, scale, softcap,
+    u, column, inside, weight_ptr, y, m, inverse_l, pull, extra, spread, scale, softcap,
     WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """push exp2((u - m) scale) - spread w - pull at the target, times the softcap's derivative."""
-    d = tl.exp2((u - m[:, None]) * scale[:, None]) * push[:, None]
+    """pull (p - [column = y]) + extra p - spread w, times the softcap's derivative; p is the probability.
+
+    At the target 1 is subtracted before anything is multiplied, or p near 1 would lose its digits.
+    """
+    p = tl.exp2((u - m[:, None]) * scale[:, None]) * inverse_l[:, None]
+    at_target = (p - 1) * pull[:, None] + p * extra[:, None]
+    d = tl.where(column == y[:, None], at_target, p * (pull + extra)[:, None])
     if SMOOTH:
         d -= spread[:, None] * class_weights(weight_ptr, column, inside, WEIGHTED)
-    d = tl.where(column == y[:, None], d - pull[:, None], d)
     if SOFTCAP:
         t = u / softcap
         d *= tl.where(u == float("-inf"), 0.0, 1 - t * t)
@@ -188,24 +192,37 @@ def cross_entropy_kernel(
         g = tl.where(kept, tl.where(valid, g * inverse_t, float("nan")), 0.0)
         pull = g * (1 - label_smoothing) * w_y
         spread = g * (label_smoothing / n_classes)
-        push = pull
+        extra = tl.where(z_loss == 0, 0.0, 2 * g * z_loss * (tl.log2(l) * LN2 + m * inverse_t))
         if SMOOTH:
-            push += spread * sum_of_weights
-        push += tl.where(z_loss == 0, 0.0, 2 * g * z_loss * (tl.log2(l) * LN2 + m * inverse_t))
-        push = push / l
+            extra += spread * sum_of_weights
+        inverse_l = 1 / l
         dx_row, _ = align(row_offset(outer, rows, outer_shape, dx_strides), VEC)
         dx_col = dx_strides[len(dx_strides) - 1]
         if EDGE:
             in_edge = in_edge & in_rows[:, None]
             d = gradient(
-                u_edge, e - shift, in_edge, weight_ptr, y, m, push, pull, spread, scale, softcap,
+                u_edge, e - shift, in_edge, weight_ptr, y, m, inverse_l, pull, extra, spread, scale, softcap,
                 WEIGHTED, SMOOTH, SOFTCAP,
             )  # fmt: skip
             tl.store(dx_ptr + dx_row + e, d, mask=in_edge)
         inside = in_rows[:, None] & main_mask(tile, shift, n_cols, n_cols, VEC)
         u = cap(afresh(held, PACKED).to(tl.float32), softcap, SOFTCAP)
         d = gradient(
-            u, tile - shift, inside, weight_ptr, y, m, push, pull, spread, scale, softcap, WEIGHTED, SMOOTH, SOFTCAP
+            u,
+            tile - shift,
+            inside,
+            weight_ptr,
+            y,
+            m,
+            inverse_l,
+            pull,
+            extra,
+            spread,
+            scale,
+            softcap,
+            WEIGHTED,
+            SMOOTH,
+            SOFTCAP,
         )
         tl.store(dx_ptr + dx_row + tile.to(tl.int64) * dx_col, d, mask=inside)
         if not FITS:
@@ -215,7 +232,7 @@ def cross_entropy_kernel(
                 x = load(x_ptr, x_row + p.to(tl.int64) * x_col, inside & read, True, float("-inf"), tl.float32, False)
                 u = cap(x, softcap, SOFTCAP)
                 d = gradient(
-                    u, p - shift, inside, weight_ptr, y, m, push, pull, spread, scale, softcap,
+                    u, p - shift, inside, weight_ptr, y, m, inverse_l, pull, extra, spread, scale, softcap,
                     WEIGHTED, SMOOTH, SOFTCAP,
                 )  # fmt: skip
                 tl.store(dx_ptr + dx_row + p.to(tl.int64) * dx_col, d, mask=inside)

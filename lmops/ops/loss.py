@@ -43,6 +43,7 @@ class Options(NamedTuple):
     temperature: float
 
 
+PLAIN = Options(-100, 0.0, 0.0, 0.0, 1.0)
 OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, float temperature"
 
 
@@ -109,6 +110,9 @@ def _cross_entropy_rows(
     x: Tensor, dx: Tensor | None, target: Tensor, grad: Tensor | None, state: Tensor, *, weight: Tensor | None,
     weight_sum: Tensor | None, o: Options, chunk: Chunk,
 ) -> None:  # fmt: skip
+    whole = chunk.forward and chunk.first == 0 and chunk.last
+    if dx is not None and whole and weight is None and o == PLAIN._replace(ignore_index=o.ignore_index):
+        return _plain_cross_entropy_rows(x, dx, target, grad, state, o.ignore_index)
     kept = target != o.ignore_index
     column = target.long() - chunk.first
     here = kept & (column >= 0) & (column < x.shape[-1])
@@ -163,24 +167,53 @@ def _cross_entropy_rows(
             state[LOSS] = loss.masked_fill_(~kept, 0)
             state[MAX], state[SUM] = m.masked_fill(~kept, 0), l.masked_fill(~kept, 1)
     if dx is None:
-        return
+        return None
 
     assert grad is not None
     g = grad / o.temperature
     pull = (1 - o.label_smoothing) * w_y
-    push = pull + spread * (chunk.n_classes if weight_sum is None else weight_sum)
+    extra = spread * (chunk.n_classes if weight_sum is None else weight_sum)
     if o.z_loss:
-        push = push + 2 * o.z_loss * (state[MAX] / o.temperature + state[SUM].log())
-    e.mul_((g * push / state[SUM]).unsqueeze(-1))
+        extra = extra + 2 * o.z_loss * (state[MAX] / o.temperature + state[SUM].log())
+    # at the target 1 is subtracted before anything is multiplied, or a probability near 1 would lose its digits
+    p_y = e.gather(-1, column).squeeze(-1) / state[SUM]
+    at_target = (g * ((p_y - 1) * pull + p_y * extra)).unsqueeze(-1)
+    e.mul_((g * (pull + extra) / state[SUM]).unsqueeze(-1))
+    e.scatter_(-1, column, torch.where(here.unsqueeze(-1), at_target, e.gather(-1, column)))
     if spread:
         e.sub_((g * spread).unsqueeze(-1) * (1.0 if weight is None else weight))
-    e.scatter_add_(-1, column, -(g * pull * here).unsqueeze(-1))
     if o.softcap:
         e.mul_((1 - (u / o.softcap).square_()).masked_fill_(u == NEG_INF, 0))
     if not kept.all():
         e[~kept] = 0
     if memory is None:
         dx.copy_(e)
+    return None
+
+
+def _plain_cross_entropy_rows(
+    x: Tensor, dx: Tensor, target: Tensor, grad: Tensor | None, state: Tensor, ignore_index: int
+) -> None:
+    """The same for the loss without options: torch's softmax is one pass, and has all that the gradient needs."""
+    assert grad is not None
+    kept = target != ignore_index
+    column = target.long().masked_fill(~kept, 0).unsqueeze(-1)
+    u = x.to(state.dtype)
+    u_y = u.gather(-1, column).squeeze(-1)
+    p = torch.softmax(u, -1)
+    p_y = p.gather(-1, column).squeeze(-1)
+    loss = -p_y.log()
+    small = ~(p_y > 1e-30)  # the logarithm of such a number has no digits; also NaN
+    if small.any():
+        loss[small] = torch.logsumexp(x[small].to(state.dtype), -1) - x[small].to(state.dtype).gather(
+            -1, column[small]
+        ).squeeze(-1)
+    state[LOSS] = loss.masked_fill_(~kept, 0)
+    state[MAX], state[SUM] = (u_y + loss).masked_fill_(~kept, 0), 1
+    p.scatter_add_(-1, column, -torch.ones_like(column, dtype=p.dtype))
+    torch.mul(p, grad.unsqueeze(-1), out=dx)
+    if not kept.all():
+        dx[~kept] = 0
 
 
 class Divergence(NamedTuple):
