@@ -53,6 +53,7 @@ class CPUWeight:
         self.w = w
         self._bags: _Bags | None = None
         self._half: torch.ScriptObject | None = None
+        self._over_half = False  # the weight does not fit into float16
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`quantized_matmul(x, w, bias)` without gradients, computed in float32 for any dtype of x."""
@@ -65,8 +66,9 @@ class CPUWeight:
                 self._bags = _Bags(self.w)
             y = self._bags(rows.reshape(n_in).contiguous()).view(*x.shape[:-1], n_out)
         else:
-            if self._half is None:
+            if self._half is None and not self._over_half:
                 self._half = _half(self.w)
+                self._over_half = self._half is None
             if self._half is None:
                 return quantized_matmul(x, self.w, bias)
             y = torch.ops.quantized.linear_dynamic_fp16(rows, self._half)
@@ -104,20 +106,22 @@ class _Bags:
         scales = w.scales.float()
         self.scales = scales if len(starts) == len(scales) else scales[self.bounds // size]
         offsets = w.offsets if w.zeros is None else -scales * w.zeros
-        self.offsets = None if offsets is None else offsets.float()
+        self.offsets = None if offsets is None else offsets.float().T
         self.group_size, self.ragged = size, n_in % size
         self.table = _table(w, 8 if w.format == "int4" and offsets is None else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.permutation is not None:
             x = x[self.permutation]
-        sums = self.run(self.table, self.columns, self.bounds, False, 0, False, x, None, False)[:, : self.n_out]
+        sums = self.run(self.table, self.columns, self.bounds, False, 0, False, x, None, False)
+        if self.n_out % 2:
+            sums = sums[:, : self.n_out]  # 4 bits are stored in pairs
         y = sums.mul_(self.scales).sum(0)
         if self.offsets is None:
             return y
         if self.ragged:
             x = torch.nn.functional.pad(x, (0, self.group_size - self.ragged))
-        return torch.addmv(y, self.offsets.T, x.view(-1, self.group_size).sum(1))
+        return torch.addmv(y, self.offsets, x.view(-1, self.group_size).sum(1))
 
 
 def _table(w: Quantized, center: int) -> Tensor:
