@@ -97,15 +97,14 @@ def load_parts(ptr, unit, out0, n_out, n_groups, M: tl.constexpr, PARTS: tl.cons
                 return a, b, c, load_part(ptr, unit, 3, out0, n_out, n_groups, M, PARTS, GROUP)
 
 
-@triton.jit
-def magic(FORMAT: tl.constexpr, COMPUTE: tl.constexpr, PTX: tl.constexpr):
+@triton.constexpr_function
+def magic(FORMAT, COMPUTE, PTX):
     """What `codes` adds to a code."""
     if not PTX or tl.float32 == COMPUTE or FORMAT == "fp8":
-        return tl.constexpr(0.0)
-    elif FORMAT == "int4":
-        return tl.constexpr(1024.0 if tl.float16 == COMPUTE else 128.0)
-    else:
-        return tl.constexpr(1152.0 if tl.float16 == COMPUTE else 0.0)
+        return 0.0
+    if FORMAT == "int4":
+        return 1024.0 if tl.float16 == COMPUTE else 128.0
+    return 1152.0 if tl.float16 == COMPUTE else 0.0
 
 
 @triton.jit
