@@ -185,7 +185,7 @@ W = torch.randn(4, 64)
         (lambda: QuantizedTensor.quantize(W[:0]), ValueError, r"at least one row and one column, got \(0, 64\)"),
         (lambda: QuantizedTensor.quantize(W / 0, name="a.b"), ValueError, "weight of a.b has"),
         (lambda: QuantizedTensor.quantize(W * 1e8, scale_dtype=torch.float16), ValueError, "too large for scales in"),
-        (lambda: QuantizedTensor.quantize(W, scale_dtype=torch.float64), ValueError, "scales must be float16, bfloat16"),
+        (lambda: QuantizedTensor.quantize(W, scale_dtype=torch.float64), ValueError, "scales must be float16"),
         (lambda: QuantizedTensor.quantize(W, 8, 32, fp8=True), ValueError, "fp8 needs bits=8, group_size=-1"),
     ],
 )  # fmt: skip
