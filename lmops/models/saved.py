@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -46,7 +45,8 @@ def save(model: GPT, tokenizer: Tokenizer | None, folder: str | os.PathLike[str]
     if isinstance(model.embed, QuantEmbedding) and model.embed.table is model.head:
         tensors = {name: t for name, t in tensors.items() if not name.startswith("embed.")}  # the head's
     settings = {"model_type": MODEL_TYPE, "version": VERSION, "gpt": asdict(model.config)}
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    unfinished.mkdir()
     try:
         _write_json(unfinished / "config.json", settings)
         require("safetensors.torch", "models").save_file(tensors, unfinished / "model.safetensors")
@@ -56,7 +56,8 @@ def save(model: GPT, tokenizer: Tokenizer | None, folder: str | os.PathLike[str]
             _write_json(unfinished / "generation_config.json", {"eos_token_id": list(tokenizer.stop_tokens)})
             if tokenizer.chat_template is not None:
                 (unfinished / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-        unfinished.chmod(0o755)  # mkdtemp's are private
+        # safetensors leaves it readable for its owner alone
+        (unfinished / "model.safetensors").chmod((unfinished / "config.json").stat().st_mode)
         unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
