@@ -33,7 +33,7 @@ demo: $(VENV)/.run $(VENV)/.model  ## generate text with a real model
 		--max-new-tokens 96 --temperature 0
 
 test: $(VENV)/.dev $(VENV)/.model  ## all tests; kernels in Triton's interpreter, or on the GPU where there is one
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 interpret: $(VENV)/.dev $(VENV)/.model  ## only the tests of kernels, in Triton's interpreter
 	$(BIN)/python -m pytest --device cpu -k triton

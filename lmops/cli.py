@@ -35,7 +35,7 @@ EXTRAS = {
     "cli": ("typer", "rich"),
     "bench": ("pytest", "pytest-benchmark", "matplotlib", "rich"),
     "hf": ("transformers", "kernels"),
-    "test": ("pytest", "pytest-benchmark", "hypothesis"),
+    "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
