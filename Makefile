@@ -50,6 +50,9 @@ gpu: $(VENV)/.dev $(VENV)/.model  ## on a machine with a GPU: the tests there, t
 	$(BIN)/python -m pytest --device cuda
 	$(BIN)/python -m benchmarks softmax --device cuda --csv bench-softmax.csv
 	$(BIN)/python -m benchmarks attention --device cuda --csv bench-attention.csv
+	$(BIN)/python -m benchmarks sampling --device cuda --csv bench-sampling.csv
+	$(BIN)/python -m benchmarks loss --device cuda --csv bench-loss.csv
+	$(BIN)/python -m benchmarks quantized_matmul --device cuda --csv bench-quantized-matmul.csv
 	$(BIN)/python -m benchmarks.bench_generate --model "$(MODEL)"
 
 clean:
