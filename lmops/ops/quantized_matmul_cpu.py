@@ -71,7 +71,7 @@ class CPUWeight:
                 self._over_half = self._half is None
             if self._half is None:
                 return quantized_matmul(x, self.w, bias)
-            y = torch.ops.quantized.linear_dynamic_fp16(rows, self._half)
+            y = torch.ops.quantized.linear_dynamic_fp16.default(rows, self._half)
         if bias is not None:
             y += bias
         return y if x.dtype == torch.float32 else y.to(x.dtype)
@@ -96,7 +96,7 @@ class _Bags:
     def __init__(self, w: Quantized) -> None:
         n_out, n_in = w.shape
         size = n_in if w.group_size == -1 else w.group_size
-        self.run = getattr(torch.ops.quantized, _BAG[w.format])
+        self.run = getattr(torch.ops.quantized, _BAG[w.format]).default
         self.n_out = n_out
         self.permutation = None if w.permutation is None else w.permutation.long()
         self.columns = torch.arange(n_in, dtype=torch.int32)

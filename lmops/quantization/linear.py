@@ -169,11 +169,12 @@ class QuantLinear(nn.Linear):
         if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):  # so that products inside stay in float32
                 return self.forward(x.to(torch.get_autocast_dtype(kind)))
-        if cpu_weight_helps(x, self.packed, self.bias):
+        bias = self.bias
+        if cpu_weight_helps(x, self.packed, bias):
             if self._cpu_weight is None:
                 self._cpu_weight = CPUWeight(self.quantized)
-            return self._cpu_weight.matmul(x, self.bias)
-        return quantized_matmul(x, self.quantized, self.bias)
+            return self._cpu_weight.matmul(x, bias)
+        return quantized_matmul(x, self.quantized, bias)
 
     def forget(self) -> None:
         """Let go of what calls on a CPU have kept to be fast; the next makes it anew."""
