@@ -274,7 +274,7 @@ def load_pair(x_ptr, y_ptr, x_offset, y_offset, mask):
 
 @triton.jit(do_not_specialize=["plane"])
 def kl_div_kernel(
-    x_ptr, y_ptr, dx_ptr, mask_ptr, grad_ptr, state_ptr, outer_shape, n_rows, n_cols, plane, scale, inverse_t,
+    x_ptr, y_ptr, dx_ptr, mask_ptr, grad_ptr, state_ptr, outer_shape, n_rows, n_cols, plane, scale, temperature,
     x_strides, y_strides, dx_strides, mask_strides, grad_strides, state_strides,
     ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, EDGE: tl.constexpr, FITS: tl.constexpr,
     FORWARD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, GRAD: tl.constexpr,
@@ -282,7 +282,7 @@ def kl_div_kernel(
 ):  # fmt: skip
     """KL(p || q) of p = softmax(y / t) and q = softmax(x / t), REVERSE KL(q || p), and its gradient for x times grad.
 
-    x, y, dx: (*rows, n_cols); dx may be x. mask, with MASKED, and grad: (*rows). scale: log2(e) / t, inverse_t: 1 / t.
+    x, y, dx: (*rows, n_cols); dx may be x. mask, with MASKED, and grad: (*rows). scale: log2(e) / t, temperature: t.
     state: (planes, *rows), `plane` elements apart: value (of chunks: the sum of p times (y - x)), maximum and sum of
     exponentials of x, and of y. Rows that are masked out have value 0 and gradient 0.
     """
@@ -294,6 +294,8 @@ def kl_div_kernel(
         kept = in_rows & (mask != 0)
     state = state_ptr + row_offset(outer, rows, outer_shape, state_strides)
     scale = tl.full((ROWS,), 0.0, tl.float32) + scale
+    t_row = tl.full((ROWS,), 0.0, tl.float32) + temperature
+    inverse_t = 1 / temperature
     x_row, shift = align(row_offset(outer, rows, outer_shape, x_strides), VEC)
     y_row, _ = align(row_offset(outer, rows, outer_shape, y_strides), VEC)
     x_col, y_col = x_strides[len(x_strides) - 1], y_strides[len(y_strides) - 1]
@@ -331,10 +333,11 @@ def kl_div_kernel(
         sm, sl, tm, tl_, total = take_pair(s, t, sm, sl, tm, tl_, total, scale, REVERSE)
         if LAST:
             apart = tl.log2(sl / tl_) * LN2
+            # exact divisions: the two terms mostly cancel
             if REVERSE:
-                total = total * inverse_t / sl - apart
+                total = tl.div_rn(tl.div_rn(total, sl), t_row) - apart
             else:
-                total = total * inverse_t / tl_ + apart
+                total = tl.div_rn(tl.div_rn(total, tl_), t_row) + apart
             total = tl.where(kept, total, 0.0)
             sm, sl = tl.where(kept, finite(sm), 0.0), tl.where(kept, sl, 1.0)
             tm, tl_ = tl.where(kept, finite(tm), 0.0), tl.where(kept, tl_, 1.0)

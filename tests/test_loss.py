@@ -148,7 +148,7 @@ def test_long_rows(path, n_cols, options):
     check(path, lmops.cross_entropy, reference.cross_entropy, [x], [y], **options)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 9),
     classes=st.integers(1, 150),
@@ -404,7 +404,7 @@ def test_kl_div_of_long_rows(path, n_cols, reverse):
     check(path, lmops.kl_div, reference.kl_div, [x], [y], reverse=reverse)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 7),
     classes=st.integers(1, 150),
@@ -495,7 +495,7 @@ def linear(n, d, classes, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("blocks", [(16, 71), (7, 24), (5, 16)], ids=str)
+@pytest.mark.parametrize("blocks", [(16, 71), (7, 24)], ids=str)
 def test_linear_cross_entropy(path, dtype, options, blocks):
     hidden, weight, bias, target = linear(16, 24, 71, dtype)
     target[0] = 70

@@ -349,7 +349,9 @@ def _cross_entropy_launch(
 
     full = [x] if dx is None else [x, dx]
     per_row = [state[LOSS], target] if grad is None else [state[LOSS], target, grad]
-    walk = _geometry(full, per_row, held=1, more=int(dx is not None and o.softcap + o.label_smoothing > 0))
+    # logits of 16 bits take half a register each while they are held
+    roomy = x.element_size() == 2 and o.softcap == o.label_smoothing == 0
+    walk = _geometry(full, per_row, held=1, more=0 if dx is None or roomy else 1)
     x_strides, *dx_strides = walk.layout.strides[: len(full)]
     state_strides, target_strides, *grad_strides = walk.layout.strides[len(full) :]
     cross_entropy_kernel[walk.grid](
@@ -390,8 +392,8 @@ def _kl_div_launch(
     strides = {id(t): s for t, s in zip(given, others, strict=True)}
     kl_div_kernel[walk.grid](
         x, y, dx, mask, grad, state, walk.layout.outer_shape, walk.layout.n_rows, x.shape[-1], state.stride(0),
-        *_scales(o.temperature), x_strides, y_strides, *(dx_strides or [(0,)]), strides.get(id(mask), (0,)),
-        strides.get(id(grad), (0,)), state_strides, **walk.flags, FORWARD=chunk.forward, FIRST=chunk.first == 0,
+        _scales(o.temperature)[0], o.temperature, x_strides, y_strides, *(dx_strides or [(0,)]),
+        strides.get(id(mask), (0,)), strides.get(id(grad), (0,)), state_strides, **walk.flags, FORWARD=chunk.forward, FIRST=chunk.first == 0,
         LAST=chunk.last, GRAD=dx is not None, MASKED=mask is not None, REVERSE=o.reverse,
     )  # fmt: skip
 
