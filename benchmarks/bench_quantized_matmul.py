@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -110,7 +112,7 @@ def rounded(n_rows: int, **format):
 
 half, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
 TYPES = {"bf16": bf16, "fp16": half, "fp32": fp32}
-FORMATS = {
+FORMATS: dict[str, dict[str, Any]] = {
     "int4-g128": {"group_size": 128},
     "int4-g128-zeros": {"group_size": 128, "zeros": True},
     "int4-g32-offsets": {"group_size": 32, "offsets": True, "scale_dtype": half},
@@ -121,10 +123,15 @@ FORMATS = {
 }
 
 
-def variant(format: str, dtype: str, n_rows: int, shape=(4_096, 4_096), name="", **options) -> Variant:
-    name = f"quantized-matmul-{name}{format}-{dtype}-{n_rows}"
-    core = "any" if dtype != "fp32" else False
-    return Variant(name, product(n_rows, *shape, TYPES[dtype], **FORMATS[format], **options), core)
+def variant(
+    format: str, dtype: str, n_rows: int, shape: tuple[int, int] = (4_096, 4_096), name: str = "", **options: bool
+) -> Variant:
+    n_out, n_in = shape
+    return Variant(
+        f"quantized-matmul-{name}{format}-{dtype}-{n_rows}",
+        product(n_rows, n_out, n_in, TYPES[dtype], **FORMATS[format], **options),
+        "any" if dtype != "fp32" else False,
+    )
 
 
 # few rows, which split the columns, and every width of tile. GPT-2 XL's 1,600 columns end within a unit, and the odd

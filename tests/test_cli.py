@@ -79,8 +79,8 @@ def test_generate_with_filters_penalties_and_bias(folder):
         "frequency_penalty": 0.25, "seed": 3,
     }  # fmt: skip
     options = [part for name, value in choices.items() for part in (f"--{name.replace('_', '-')}", value)]
-    result = run(*arguments, *options, "--logit-bias", "70=3", "--logit-bias", "71=-2.5")
-    expected = text_of(folder, tokens, max_new_tokens=10, temperature=2, logit_bias={70: 3.0, 71: -2.5}, **choices)
+    result = run(*arguments, *options, "--logit-bias", "70=40", "--logit-bias", "71=-2.5")
+    expected = text_of(folder, tokens, max_new_tokens=10, temperature=2, logit_bias={70: 40.0, 71: -2.5}, **choices)
     assert result.stdout == expected + "\n"
     assert result.stdout != run(*arguments, *options).stdout
     result = run(*arguments, "--seed", 1, "--allowed-token", 70)
