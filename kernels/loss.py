@@ -254,6 +254,17 @@ def take_pair(s, t, sm, sl, tm, tl_, total, scale, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def divergence(s, t, sm, sl, tm, tl_, scale, inverse_t, apart, REVERSE: tl.constexpr):
+    """Sum over a tile of p log(p / q), or REVERSE q log(q / p), from complete statistics; apart: log(sl / tl_)."""
+    log_ratio = ((t - tm[:, None]) - (s - sm[:, None])) * inverse_t + apart[:, None]
+    if REVERSE:
+        e, l, log_ratio = tl.exp2((s - sm[:, None]) * scale[:, None]), sl, -log_ratio
+    else:
+        e, l = tl.exp2((t - tm[:, None]) * scale[:, None]), tl_
+    return tl.sum(tl.where(e == 0, 0.0, e * log_ratio), 1) / l
+
+
+@triton.jit
 def pair_gradient(s, t, sm, tm, s_push, t_push, offset, scale, inverse_t, REVERSE: tl.constexpr):
     """Gradient of a tile of the student's logits: s_push q - t_push p, or REVERSE s_push q (log(q / p) - KL)."""
     s_e = tl.exp2((s - sm[:, None]) * scale[:, None])
@@ -333,11 +344,15 @@ def kl_div_kernel(
         sm, sl, tm, tl_, total = take_pair(s, t, sm, sl, tm, tl_, total, scale, REVERSE)
         if LAST:
             apart = tl.log2(sl / tl_) * LN2
-            # exact divisions: the two terms mostly cancel
-            if REVERSE:
-                total = tl.div_rn(tl.div_rn(total, sl), t_row) - apart
+            if FITS and FIRST:  # all of the row is here: term by term, which keeps the most digits
+                sm, tm = finite(sm), finite(tm)
+                total = divergence(s, t, sm, sl, tm, tl_, scale, inverse_t, apart, REVERSE)
+                if EDGE:
+                    total += divergence(s_edge, t_edge, sm, sl, tm, tl_, scale, inverse_t, apart, REVERSE)
             else:
-                total = tl.div_rn(tl.div_rn(total, tl_), t_row) + apart
+                # exact divisions: the two terms mostly cancel
+                total = tl.div_rn(tl.div_rn(total, sl if REVERSE else tl_), t_row)
+                total = total - apart if REVERSE else total + apart
             total = tl.where(kept, total, 0.0)
             sm, sl = tl.where(kept, finite(sm), 0.0), tl.where(kept, sl, 1.0)
             tm, tl_ = tl.where(kept, finite(tm), 0.0), tl.where(kept, tl_, 1.0)

@@ -264,7 +264,11 @@ def _kl_div_rows(
         if chunk.last:
             s_peak, t_peak = s_m, t_m
             apart = (s_l / t_l).log()
-            total = total / s_l - apart if o.reverse else total / t_l + apart
+            if chunk.first == 0:  # all of the row is here: term by term, which keeps the most digits
+                log_ratio = further + (-apart if o.reverse else apart).unsqueeze(-1)
+                total = (e * log_ratio.masked_fill_(e == 0, 0)).sum(-1) / (s_l if o.reverse else t_l)
+            else:
+                total = total / s_l - apart if o.reverse else total / t_l + apart
             if mask is not None:
                 total = total.masked_fill_(~mask, 0)
         state[LOSS], state[MAX], state[SUM], state[TEACHER_MAX], state[TEACHER_SUM] = total, s_peak, s_l, t_peak, t_l
@@ -386,15 +390,16 @@ def _kl_div_launch(
 
     full = [x, y] if dx is None else [x, y, dx]
     given = [t for t in (mask, grad) if t is not None]
-    walk = _geometry(full, [state[LOSS], *given], held=2, more=2 if dx is not None else 0)
+    walk = _geometry(full, [state[LOSS], *given], held=2, more=2)
     x_strides, y_strides, *dx_strides = walk.layout.strides[: len(full)]
     state_strides, *others = walk.layout.strides[len(full) :]
     strides = {id(t): s for t, s in zip(given, others, strict=True)}
     kl_div_kernel[walk.grid](
         x, y, dx, mask, grad, state, walk.layout.outer_shape, walk.layout.n_rows, x.shape[-1], state.stride(0),
         _scales(o.temperature)[0], o.temperature, x_strides, y_strides, *(dx_strides or [(0,)]),
-        strides.get(id(mask), (0,)), strides.get(id(grad), (0,)), state_strides, **walk.flags, FORWARD=chunk.forward, FIRST=chunk.first == 0,
-        LAST=chunk.last, GRAD=dx is not None, MASKED=mask is not None, REVERSE=o.reverse,
+        strides.get(id(mask), (0,)), strides.get(id(grad), (0,)), state_strides, **walk.flags,
+        FORWARD=chunk.forward, FIRST=chunk.first == 0, LAST=chunk.last, GRAD=dx is not None, MASKED=mask is not None,
+        REVERSE=o.reverse,
     )  # fmt: skip
 
 
