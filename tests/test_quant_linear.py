@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lmops.models import GPT, GPTConfig
 from lmops.modules import LoRALinear, QuantLinear
+from lmops.ops.loss import linear_cross_entropy
 from lmops.quantization import QuantizedTensor, quantize_model
 from lmops.testing import assert_accurate
 
@@ -322,3 +323,17 @@ def test_sharing_with_a_quantized_tensor():
     assert layer.packed is weight.packed
     assert layer.bias is None
     assert layer.weight.dtype == weight.scales.dtype
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_quantized_head_gives_the_loss_of_its_dequantized_weight(layout):
+    """And the gradient of what comes into it; the codes have none."""
+    head = make(layout, n_in=80, n_out=300, bias=False)
+    weight = head.quantized.dequantize(torch.float32)
+    hidden = torch.randn(5, 80, requires_grad=True)
+    targets = torch.tensor([0, 7, -100, 299, 150])
+    loss = linear_cross_entropy(hidden, head.weight, targets)
+    expected = F.cross_entropy(hidden @ weight.T, targets)
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, hidden)[0])
