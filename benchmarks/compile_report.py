@@ -256,8 +256,8 @@ def inspect_amd(row: Row, text: str) -> None:
         return int(found[1])
 
     row.registers, row.stack_bytes = number("vgpr_count"), number("private_segment_fixed_size")
-    # counted in registers of 4 bytes a lane; scalar registers go to lanes of vector registers, and to no memory
-    row.spill_bytes = 4 * number("vgpr_spill_count")
+    # counted in registers of 4 bytes a lane; scalar registers spill to lanes of vector registers, which is a cost too
+    row.spill_bytes = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
     row.shared_bytes = max(row.shared_bytes, number("group_segment_fixed_size"))
     suffixes = AMD_ACCESS.findall(text)
     row.wide_share, row.narrow = width_figures(
