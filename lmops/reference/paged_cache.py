@@ -1,0 +1,91 @@
+"""Pages of keys and values in plain torch: rows of 8 and 4 bits, rotated keys, and where a token's row goes.
+
+A page is a block of `block_size` slots; slot s is (s // block_size, s % block_size) of tensors (n_blocks, block_size,
+kv_heads, D). A row is what a token has for a head. Quantized pages have a scale a row:
+
+    int8    x = scale q               scale = max |x| / 127, q = x / scale rounded half to even, -127 .. 127
+    fp8     x = scale q               scale = max |x| / 448, q = x / scale rounded half to even to e4m3, -448 .. 448
+    int4    x = scale q + minimum     scale = (max x - min x) / 15, q = (x - minimum) / scale rounded, 0 .. 15;
+                                      byte i of a row has element 2 i in its low bits and 2 i + 1 in its high ones
+
+Scales and minima are rounded to their type before codes are formed, so codes make up for that. A scale of 0 divides as 1
+does: a row of zeros is read as zeros. What float16 cannot hold is cut to +-65,504, and so is what is read: elements
+beyond 127 x 65,504 (fp8: 448 x 65,504; int4: a minimum of -65,504) lose magnitude and nothing becomes infinite. A row
+with NaN or infinity has scale NaN and is read as NaN throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def quantize_rows(x: Tensor, format: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows (..., D) as codes, int8, float8_e4m3fn or for int4 uint8 (..., D / 2), and their scales.
+
+    Computed in float32. Scales are (...) of scale_dtype, for int4 (..., 2): scale and minimum.
+    """
+    x = x.float()
+    good = x.isfinite().all(-1, keepdim=True)
+    x = x.masked_fill(~good, 0)
+    bound = torch.finfo(scale_dtype).max
+    if format == "int4":
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        scales = torch.cat([(high * 0.5 - low * 0.5) / 7.5, low], -1)  # the difference itself may be infinite
+    else:
+        scales = x.abs().amax(-1, keepdim=True) / (448.0 if format == "fp8" else 127.0)
+    scales = scales.clamp(-bound, bound).to(scale_dtype)
+    step = scales[..., :1].float()
+    step = step.masked_fill(step == 0, 1)
+    stored = scales.masked_fill(~good, float("nan"))
+    if format == "int4":
+        q = ((x - scales[..., 1:].float()) / step).round().clamp(0, 15).to(torch.uint8)
+        return q[..., ::2] | q[..., 1::2] << 4, stored
+    if format == "fp8":
+        return (x / step).clamp(-448, 448).to(torch.float8_e4m3fn), stored.squeeze(-1)
+    return (x / step).round().clamp(-127, 127).to(torch.int8), stored.squeeze(-1)
+
+
+def dequantize_rows(codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The inverse of `quantize_rows`, computed in promote_types(dtype, float32) and rounded once.
+
+    codes: (..., D), or uint8 (..., D / 2); scales: as there, None for codes that are the numbers themselves.
+    """
+    if scales is None:
+        return codes.to(dtype)
+    compute = torch.promote_types(dtype, torch.float32)
+    scales = scales.to(compute)
+    if codes.dtype == torch.uint8:
+        q = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+        return (q.to(compute) * scales[..., :1] + scales[..., 1:]).to(dtype)
+    return (codes.to(compute) * scales[..., None]).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """RoPE (Su et al., 2021) of rows (T, heads, D) by angles with cos and sin (T, rope_dim / 2).
+
+    Pairs are (x[i], x[i + rope_dim / 2]), or (x[2 i], x[2 i + 1]) if interleaved; elements from rope_dim on stay.
+    Returns promote_types(x.dtype, float32).
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    x, cos, sin = x.to(compute), cos.to(compute)[:, None], sin.to(compute)[:, None]
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.split(half, -1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack([a, b], -1).flatten(-2) if interleaved else torch.cat([a, b], -1)
+    return torch.cat([turned, rest], -1)
+
+
+def store_rows(x: Tensor, pages: Tensor, scales: Tensor | None, slot_mapping: Tensor) -> None:
+    """Writes rows x (T, heads, D), quantized if there are scales, to their slots; those of slot -1 nowhere."""
+    kept = slot_mapping >= 0
+    slots = slot_mapping[kept]
+    block, offset = slots // pages.shape[1], slots % pages.shape[1]
+    if scales is None:
+        pages[block, offset] = x[kept].to(pages.dtype)
+        return
+    format = {torch.int8: "int8", torch.uint8: "int4"}.get(pages.dtype, "fp8")
+    codes, new_scales = quantize_rows(x[kept], format, scales.dtype)
+    pages.view(torch.uint8)[block, offset] = codes.view(torch.uint8)
+    scales[block, offset] = new_scales
