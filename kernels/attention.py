@@ -19,7 +19,7 @@ and the order of the tiles are in docs/kernels.md. What all the kernels take:
 import triton
 import triton.language as tl
 
-from .common import LN2, LOG2E, online_softmax_step
+from .common import LN2, LOG2E, online_softmax_step, tanh
 
 # ---------------------------------------------------------------------------------------- what a program works on
 
@@ -131,16 +131,6 @@ def without_nonfinite(tile):
 
 
 # ------------------------------------------------------------------------------------------- scores, masks, dropout
-
-
-@triton.jit
-def tanh(x):
-    """Hyperbolic tangent: from the exponential, and near 0, where that would lose digits, the series."""
-    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
-    t = (1 - e) / (1 + e)
-    y = x * x
-    series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
-    return tl.where(y < 0.0625, series, tl.where(x < 0, -t, t))
 
 
 @triton.jit

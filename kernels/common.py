@@ -42,3 +42,13 @@ def online_softmax_step(x, m, l, scale, FOLD: tl.constexpr = False, GUARD: tl.co
         p = tl.exp2((x - shift[:, None]) * tl.expand_dims(scale, 1))
         alpha = tl.exp2((m - shift) * scale)
     return p, m_new, l * alpha + tl.sum(p, 1), alpha
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent: from the exponential, and near 0, where that would lose digits, the series."""
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    t = (1 - e) / (1 + e)
+    y = x * x
+    series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
+    return tl.where(y < 0.0625, series, tl.where(x < 0, -t, t))

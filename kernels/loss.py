@@ -10,8 +10,7 @@ tensor (planes, *rows).
 import triton
 import triton.language as tl
 
-from .attention import tanh
-from .common import LN2, online_softmax_step, row_offset
+from .common import LN2, online_softmax_step, row_offset, tanh
 from .softmax import align, edge_tile, load, main_mask, rows_of_program
 
 
