@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lmops.ops.attention import _window, attention
+from lmops.ops.attention import attention, check_window
 
 
 def flash_attn_func(
@@ -242,7 +242,7 @@ def _attention(
     """lmops' attention on views, heads before positions; with `packing` a batch of 1. The results as flash-attn's."""
     if softmax_scale is not None and not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale must be finite, or None for 1 / sqrt(headdim), got {softmax_scale}")
-    left, right = _window(window_size, "window_size")
+    left, right = check_window(window_size, "window_size")
     if packing:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     out, lse = attention(

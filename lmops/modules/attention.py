@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lmops.ops.attention import _check_bias, _window, attention
+from lmops.ops.attention import _check_bias, attention, check_window
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,7 +68,7 @@ class _Attention(nn.Module):
         self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads
         self.head_dim = d_model // n_heads if head_dim is None else head_dim
         self.causal = causal
-        self.left, self.right = _window(window, "window")
+        self.left, self.right = check_window(window, "window")
         self.scale = scale
         self.softcap = softcap
         self.dropout = dropout

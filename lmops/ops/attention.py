@@ -93,11 +93,11 @@ def _without_scores(grads: tuple[Tensor, ...], dlse: Tensor | None) -> Any:
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, for_backward: bool, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse = _out_and_lse_cpu(q, k, v, *options)
+    out, lse = attention_cpu(q, k, v, *options)
     return out, lse, torch.stack((lse, torch.zeros_like(lse)), -1) if for_backward else lse.new_empty(0)
 
 
-def _out_and_lse_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def attention_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     if _is_plain(q, k, v, options):  # which decoding a token is, where microseconds count
         out, lse = _torch_forward(q, k, v, 0.0, False, attn_mask=None, scale=options[8])
         return out, lse if q.shape[2] == 1 else lse.contiguous()
@@ -107,7 +107,7 @@ def _out_and_lse_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Te
         return out, lse.fill_(NEG_INF)
     if opts.cu_q is not None:
         for at_q, at_k, one in _sequences(opts):
-            o, l = _out_and_lse_cpu(q[:, :, at_q], k[:, :, at_k], v[:, :, at_k], *one)
+            o, l = attention_cpu(q[:, :, at_q], k[:, :, at_k], v[:, :, at_k], *one)
             out[:, :, at_q], lse[:, :, at_q] = o, l
         return out, lse
     if not _torch_can(opts) or k.shape[2] == 0:
@@ -121,7 +121,7 @@ def _out_and_lse_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Te
             stop = min(start + CPU_BLOCK, q_len)
             at_q, at_k = slice(start, stop), slice(max(0, start + shift - opts.left), max(0, stop + shift))
             block = vars(opts) | {"max_q": stop - start, "max_k": at_k.stop - at_k.start, "bottom_right": True}
-            o, l = _out_and_lse_cpu(q[:, :, at_q], k[:, :, at_k], v[:, :, at_k], *block.values())
+            o, l = attention_cpu(q[:, :, at_q], k[:, :, at_k], v[:, :, at_k], *block.values())
             out[:, :, at_q], lse[:, :, at_q] = o, l
         return out, lse
     causal, mask = _torch_mask(q, k, opts)
@@ -395,12 +395,12 @@ WIDE_TILES = {
 }
 
 
-def _block(dim: int) -> int:
+def block_dim(dim: int) -> int:
     """A head_dim in the kernels: the next power of 2, at least the 16 that a tensor core takes."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _target() -> str:
+def target_name() -> str:
     """What Triton compiles for: "sm_90", "gfx942", ... or "interpreter"."""
     import triton
 
@@ -429,7 +429,7 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, opts: Options, target: str) -> d
         "SOFTCAP": opts.softcap != 0, "DROPOUT": opts.dropout_p != 0, "SCALED": scaled,
         "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         "PTX": target.startswith("sm_"),
-        "BLOCK_D": _block(q.shape[3]), "BLOCK_E": _block(v.shape[3]),
+        "BLOCK_D": block_dim(q.shape[3]), "BLOCK_E": block_dim(v.shape[3]),
     }  # fmt: skip
 
 
@@ -474,7 +474,7 @@ def _descriptors(target: str, rows: int, *tensors: Tensor) -> tuple[Any, Any] | 
     found = []
     for t in tensors:
         strides = [t.stride(d) if t.shape[d] > 1 else max(16, t.shape[3]) for d in range(3)]
-        found.append(TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, _block(t.shape[3])]))
+        found.append(TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, block_dim(t.shape[3])]))
     return found[0], found[1]
 
 
@@ -497,7 +497,7 @@ def _forward_triton(
     out, lse, base = _forward_fake(q, k, v, for_backward)
     if out.numel() == 0:
         return out, lse.fill_(NEG_INF), base.zero_()  # nothing is computed from base
-    target = _target()
+    target = target_name()
     arguments = _arguments(q, k, v, opts, target)
     group, n_batch = arguments["GROUP"], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
     # few queries: the query heads of a key head share a tile, and its keys are read once
@@ -530,7 +530,7 @@ def _backward_triton(
     dq, dk, dv, dbias, dsinks = grads = _backward_fake(do, dlse, q, k, v, o, base, bias_grad, *options)
     if q.numel() == 0 or k.shape[2] == 0:
         return _without_scores(grads, dlse)
-    target = _target()
+    target = target_name()
     arguments = _arguments(q, k, v, opts, target) | {"WIDE": q.dtype == torch.float32}
     dim, size = max(arguments["BLOCK_D"], arguments["BLOCK_E"]), q.element_size()
     n_heads, kv_heads, n_batch = q.shape[1], k.shape[1], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
@@ -672,10 +672,10 @@ def attention(
     if bias is not None:
         bias = _check_bias(bias, query, key)
     if alibi_slopes is not None:
-        _check_a_head("alibi_slopes", alibi_slopes, query, [(n_heads,), (n_batch, n_heads)])
+        check_a_head("alibi_slopes", alibi_slopes, query, [(n_heads,), (n_batch, n_heads)])
         alibi_slopes = alibi_slopes.detach().float().contiguous()
     if sinks is not None:
-        _check_a_head("sinks", sinks, query, [(n_heads,)])
+        check_a_head("sinks", sinks, query, [(n_heads,)])
     for name, bound in (("left", left), ("right", right)):
         if bound is not None and bound < 0:
             raise ValueError(f"{name} must be at least 0 or None, got {bound}")
@@ -801,7 +801,7 @@ def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return bias[(None,) * (4 - bias.ndim)]
 
 
-def _check_a_head(name: str, t: Tensor, query: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+def check_a_head(name: str, t: Tensor, query: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
     if not t.is_floating_point() or t.device != query.device:
         raise TypeError(f"{name} must be floating-point on {query.device}, got {t.dtype} on {t.device}")
     if tuple(t.shape) not in shapes:
@@ -852,7 +852,7 @@ def scaled_dot_product_attention(
         raise ValueError(
             f"key has {key.shape[1]} heads and query {query.shape[1]}: they must be equal unless enable_gqa=True"
         )
-    left, right = _window(window, "window")
+    left, right = check_window(window, "window")
     out, lse = attention(
         query, key, value, bias=attn_mask, scale=scale, left=left, right=0 if is_causal else right, softcap=softcap,
         alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
@@ -862,7 +862,7 @@ def scaled_dot_product_attention(
     return (out, lse) if return_lse else out
 
 
-def _window(window: Sequence[int | None] | None, name: str) -> tuple[int | None, int | None]:
+def check_window(window: Sequence[int | None] | None, name: str) -> tuple[int | None, int | None]:
     """(left, right) with None for no bound, from a pair in which -1 also means none."""
     if window is None:
         return None, None
