@@ -36,9 +36,9 @@ def row_layout(full: Sequence[Tensor], per_row: Sequence[Tensor] = (), *, keep_l
     shape = full[0].shape[:-1]
     tensors = (*full, *per_row)
     columns = [(t.stride(-1),) for t in full] + [()] * len(per_row)
-    if not keep_last and not per_row and all(t.is_contiguous() for t in full):
+    if not keep_last and all(t.is_contiguous() for t in tensors):
         n_cols = full[0].shape[-1]
-        return RowLayout((1,), math.prod(shape), tuple((0, n_cols, 1) for _ in full))
+        return RowLayout((1,), math.prod(shape), ((0, n_cols, 1),) * len(full) + ((0, 1),) * len(per_row))
 
     dims = [(size, [t.stride(d) for t in tensors]) for d, size in enumerate(shape)]
     row = dims.pop() if keep_last else None

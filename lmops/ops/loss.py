@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lmops.ops._register import define_op, warp_size
-from lmops.ops._strides import RowLayout, aligned_alike, row_layout
-from lmops.ops.softmax import FLOATS, NEG_INF, Tile, softmax_tile
+from lmops.ops._rows import NO_FUSION, Geometry, geometry, softmax_tile
+from lmops.ops._strides import row_layout
+from lmops.ops.softmax import FLOATS, NEG_INF
 from lmops.reference.loss import cross_entropy as cross_entropy_with_probabilities
 
 TARGETS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -298,29 +299,6 @@ def _check_targets(target: Tensor, ignore_index: int, n_classes: int) -> None:
 # --- the launchers for chunks ---
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How a launch walks over rows: their layout, the tile, elements an access, the width of the edges, the warps."""
-
-    layout: RowLayout
-    tile: Tile
-    vec: int
-    edge: int
-    num_warps: int
-
-    @property
-    def grid(self) -> tuple[int]:
-        return (self.layout.n_outer * -(-self.layout.n_rows // self.tile.rows),)
-
-    @property
-    def flags(self) -> dict[str, Any]:
-        """For the kernel. A product contracted with the sum across lanes would be rounded by one lane only, and lanes
-        that hold copies of one sum would differ in the last bit: so none is."""
-        tile = self.tile
-        return {"ROWS": tile.rows, "COLS": tile.cols, "VEC": self.vec, "EDGE": self.edge, "FITS": tile.fits,
-                "num_warps": self.num_warps, "enable_fp_fusion": False}  # fmt: skip
-
-
 def _geometry(full: Sequence[Tensor], per_row: Sequence[Tensor], held: int, more: int) -> Geometry:
     """For tensors `full` (*rows, columns), of which a program holds `held`, and `per_row` (*rows).
 
@@ -333,15 +311,7 @@ def _geometry(full: Sequence[Tensor], per_row: Sequence[Tensor], held: int, more
     tile = softmax_tile(n_cols, layout.n_rows, held + more, by_column)
     if not tile.fits:
         tile = softmax_tile(max(n_cols, 32_769), layout.n_rows, held, by_column)
-    vec = 16 // min(t.element_size() for t in full)
-    aligned = all(s % vec == 0 for s in strides[:-1])
-    whole = aligned and n_cols % vec == 0
-    # short rows are not worth the edges that 16-byte accesses need where rows are not whole multiples of 16 bytes
-    if not (aligned_alike(full, layout, vec) and (whole or n_cols >= 8 * vec)):
-        vec, whole = 1, True
-    num_warps = max(1, tile.threads // warp_size())
-    edge = 0 if whole else max(2 * vec, num_warps * warp_size() // tile.rows)
-    return Geometry(layout, tile, vec, edge, num_warps)
+    return geometry(full, layout, tile)
 
 
 def _cross_entropy_launch(
@@ -362,7 +332,7 @@ def _cross_entropy_launch(
         x, dx, target, weight, weight_sum, grad, state, walk.layout.outer_shape, walk.layout.n_rows, x.shape[-1],
         state.stride(0), chunk.first, chunk.n_classes, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap,
         *_scales(o.temperature), x_strides, *(dx_strides or [(0,)]), target_strides, *(grad_strides or [(0,)]),
-        state_strides, **walk.flags, FORWARD=chunk.forward, FIRST=chunk.first == 0, LAST=chunk.last,
+        state_strides, **walk.flags, **NO_FUSION, FORWARD=chunk.forward, FIRST=chunk.first == 0, LAST=chunk.last,
         GRAD=dx is not None, WEIGHTED=weight is not None, SMOOTH=o.label_smoothing > 0, SOFTCAP=o.softcap > 0,
         PACKED=x.element_size() == 2 and walk.vec > 1 and _compiles_to_ptx(),
     )  # fmt: skip
@@ -397,7 +367,7 @@ def _kl_div_launch(
     kl_div_kernel[walk.grid](
         x, y, dx, mask, grad, state, walk.layout.outer_shape, walk.layout.n_rows, x.shape[-1], state.stride(0),
         _scales(o.temperature)[0], o.temperature, x_strides, y_strides, *(dx_strides or [(0,)]),
-        strides.get(id(mask), (0,)), strides.get(id(grad), (0,)), state_strides, **walk.flags,
+        strides.get(id(mask), (0,)), strides.get(id(grad), (0,)), state_strides, **walk.flags, **NO_FUSION,
         FORWARD=chunk.forward, FIRST=chunk.first == 0, LAST=chunk.last, GRAD=dx is not None, MASKED=mask is not None,
         REVERSE=o.reverse,
     )  # fmt: skip

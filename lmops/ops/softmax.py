@@ -4,48 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lmops.ops._register import define_op, warp_size
-from lmops.ops._strides import aligned_alike, row_layout
+from lmops.ops._register import define_op
+from lmops.ops._rows import NO_FUSION, geometry, softmax_tile
+from lmops.ops._strides import row_layout
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NEG_INF = float("-inf")
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What a program takes at a time, rows x cols; whether that is all the columns; and its threads."""
-
-    rows: int
-    cols: int
-    fits: bool
-    threads: int
-
-
-def softmax_tile(n_cols: int, n_rows: int, registers: int, by_column: bool = False) -> Tile:
-    """The tile for n_rows rows of n_cols columns, each of which takes `registers` of 4 bytes while it is held.
-
-    A row fits up to 32,768 registers: 1,024 threads then hold 32 of their 64 each. A thread takes 16 columns
-    (8 in float64 with much to hold): for types of 2 bytes two accesses of 16. Chosen with
-    `python -m benchmarks.compile_report`: at these tiles nothing spills on the targets it knows.
-    by_column: the rows, not the columns, are neighbours in memory, so a tile is at least 32 rows wide.
-    """
-    cols, rows = max(16, _next_power_of_2(n_cols)), _next_power_of_2(n_rows)
-    registers = _next_power_of_2(registers)
-    rows = min(rows, 64 if cols <= 256 else 32) if by_column else min(rows, max(1, 2_048 // cols))
-    fits = rows * cols * registers <= 32_768
-    cols = cols if fits else max(16, 8_192 // (rows * registers))
-    return Tile(rows, cols, fits, threads=min(1_024, rows * cols // (8 if registers >= 8 else 16)))
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _launch(kernel: Any, full: Sequence[Tensor], per_row: Sequence[Tensor], temperature: float, **flags: Any) -> None:
@@ -60,22 +30,15 @@ def _launch(kernel: Any, full: Sequence[Tensor], per_row: Sequence[Tensor], temp
     registers = sum(4 if t.element_size() == 8 else 1 for t in full[:-1]) + (bool(per_row) or temperature == 0)
     tile = softmax_tile(n_cols, layout.n_rows, registers, by_column=strides[-2] == 1 and strides[-1] > 1)
 
-    vec = 16 // min(t.element_size() for t in full)
-    whole = n_cols % vec == 0 and all(s % vec == 0 for s in strides[:-1])
-    # short rows are not worth the edges that 16-byte accesses need where rows are not whole multiples of 16 bytes
-    if not (aligned_alike(full, layout, vec) and (whole or n_cols >= 8 * vec)):
-        vec, whole = 1, True
-    num_warps = max(1, tile.threads // warp_size())
-    edge = 0 if whole else max(2 * vec, num_warps * warp_size() // tile.rows)
+    walk = geometry(full, layout, tile)
 
     # without temperatures a row the kernels still take the arguments, and look at none of them
     n_per_row = len(full) - 1
     pointers = per_row or [temperature, None][:n_per_row]
     row_strides = layout.strides[len(full) :] or ((0,),) * n_per_row
-    kernel[(layout.n_outer * -(-layout.n_rows // tile.rows),)](
+    kernel[walk.grid](
         *full, *pointers, layout.outer_shape, layout.n_rows, n_cols, *layout.strides[: len(full)], *row_strides,
-        ROWS=tile.rows, COLS=tile.cols, VEC=vec, EDGE=edge, FITS=tile.fits, PER_ROW=bool(per_row),
-        ACC=tl.float64 if full[0].dtype == torch.float64 else tl.float32, num_warps=num_warps, **flags,
+        **walk.flags, PER_ROW=bool(per_row), ACC=tl.float64 if full[0].dtype == torch.float64 else tl.float32, **flags,
     )  # fmt: skip
 
 
@@ -100,9 +63,7 @@ def _backward_triton(
     dx, dt = _backward_fake(dy, y, temperatures, temperature, log, causal, dtype)
     if y.numel():
         per_row = [] if temperatures is None else [temperatures, dt]
-        # no contraction of a product with the sum across lanes: each lane of a row would round its own product only,
-        # and lanes that hold copies of one sum would differ in the last bit
-        flags = {"CAUSAL": causal, "LOG": log, "enable_fp_fusion": False}
+        flags = {"CAUSAL": causal, "LOG": log, **NO_FUSION}
         _launch(softmax_backward_kernel, [y, dy, dx], per_row, temperature, **flags)
     return dx, dt
 
