@@ -1,10 +1,12 @@
 """lmops: Triton kernels that make torch language models fast, and the modules, models and tools around them."""
 
 from lmops.engine import generate
+from lmops.integrations.optimize import optimize, restore
 from lmops.models import GPT, GPTConfig, load
 from lmops.ops.attention import scaled_dot_product_attention
 from lmops.ops.int8_matmul import int8_matmul
 from lmops.ops.loss import cross_entropy, kl_div, linear_cross_entropy, linear_kl_div
+from lmops.ops.norm import layer_norm, rms_norm
 from lmops.ops.quantized_embedding import quantized_embedding
 from lmops.ops.quantized_matmul import quantized_matmul
 from lmops.ops.sampling import filter_logits, sample, verify_draft
@@ -20,12 +22,16 @@ __all__ = [
     "generate",
     "int8_matmul",
     "kl_div",
+    "layer_norm",
     "linear_cross_entropy",
     "linear_kl_div",
     "load",
     "log_softmax",
+    "optimize",
     "quantized_embedding",
     "quantized_matmul",
+    "restore",
+    "rms_norm",
     "sample",
     "scaled_dot_product_attention",
     "softmax",

@@ -1,0 +1,1 @@
+"""lmops inside other people's models: `lmops.optimize`, transformers, Hugging Face kernels."""

@@ -1,0 +1,622 @@
+"""`lmops.optimize`: one line for a model that is there already; `lmops.restore` takes it back.
+
+Only the instance changes. A layer keeps its class, name, parameters and hooks; it gets a `forward` of its own, which
+`restore` deletes. Linear layers alone are replaced, by quantized ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lmops.ops._register import OPERATORS
+from lmops.ops.attention import attention as attend
+from lmops.ops.attention import scaled_dot_product_attention
+from lmops.ops.loss import cross_entropy
+from lmops.ops.softmax import FLOATS, log_softmax
+from lmops.ops.softmax import softmax as softmax_
+from lmops.quantization.linear import QuantLinear
+from lmops.quantization.quantize import _evaluating, _find_layers, quantize_model
+from lmops.quantization.rounding import check_weight, float_weight
+from lmops.quantization.tensor import QuantizedTensor
+from lmops.quantization.w8a8 import W8A8Linear
+from lmops.testing import assert_accurate
+
+LINEAR = ("int8", "int4", "w8a8", "fp8")
+EDITS = "_lmops_edits"  # the attribute of a model that has what to undo
+# what the operators of each kind are called
+ATTENTION = ("attention_forward", "attention_backward")
+SOFTMAX = ("softmax_forward", "softmax_backward")
+LOSS = ("cross_entropy_forward", "cross_entropy_backward")
+
+
+class VerificationError(ValueError):
+    """The optimized model's results differ by more than the accuracy rule allows. The model is as it was."""
+
+
+class NothingToReplaceError(ValueError):
+    """The model has nothing that `optimize` was asked to replace. report: what was looked at, and why it stayed."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(f"model has nothing to replace\n{report}")
+        self.report = report
+
+
+# ----------------------------------------------------------------------------------------------------------- reports
+
+
+@dataclass(frozen=True)
+class Item:
+    """A module: its name and class, what it uses now or why it stayed as it was, and the operators that it calls."""
+
+    name: str
+    kind: str
+    what: str
+    operators: tuple[str, ...] = ()
+
+
+@dataclass
+class Report:
+    """What `optimize` did; `print` shows it as a table.
+
+    replaced, kept: modules that changed, and candidates that did not, with the reason. bytes_before, bytes_after: of
+    parameters and buffers, memory that is shared counted once. implementations: which implementation ("triton" or
+    "torch") every operator in use has on the model's devices, and why. verified: whether `verify` was given.
+    kl_divergence, agreement: with verify and linear, the mean over positions of KL(before || after) in nats, and the
+    share of positions whose largest entry is the same.
+    """
+
+    replaced: list[Item] = field(default_factory=list)
+    kept: list[Item] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    implementations: dict[str, str] = field(default_factory=dict)
+    verified: bool = False
+    kl_divergence: float | None = None
+    agreement: float | None = None
+
+    def __str__(self) -> str:
+        rows = [("module", "class", "now"), *_grouped(self.replaced)]
+        rows += [(name, kind, f"unchanged: {what}") for name, kind, what in _grouped(self.kept)]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = [f"{name:{widths[0]}}  {kind:{widths[1]}}  {what}" for name, kind, what in rows]
+        lines.append(f"parameters and buffers: {self.bytes_before:,} bytes before, {self.bytes_after:,} after")
+        lines += [f"{name}: {how}" for name, how in self.implementations.items()]
+        if self.verified:
+            lines.append("verified: as accurate as before, by the rule of lmops.testing.assert_accurate")
+        if self.kl_divergence is not None and self.agreement is not None:
+            lines.append(
+                f"quantized: KL divergence {self.kl_divergence:.2e}, the largest entry is the same at "
+                f"{100 * self.agreement:.1f} % of positions"
+            )
+        return "\n".join(lines)
+
+
+def _grouped(items: Sequence[Item]) -> list[tuple[str, str, str]]:
+    """A row for all that differ in a number alone: h.0.attn, h.1.attn, ... are h.*.attn (12)."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for item in items:
+        pattern = ".".join("*" if part.isdigit() else part for part in item.name.split("."))
+        groups.setdefault((pattern, item.kind, item.what), []).append(item.name)
+    return [
+        (names[0] or "(the model)" if len(names) == 1 else f"{pattern} ({len(names)})", kind, what)
+        for (pattern, kind, what), names in groups.items()
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- what changes
+
+
+@dataclass
+class Edit:
+    """An entry of an instance's `__dict__`, and what it was. Data alone, so that a model with edits can be copied."""
+
+    owner: nn.Module
+    name: str
+    existed: bool
+    old: Any
+
+    def undo(self) -> None:
+        if self.existed:
+            self.owner.__dict__[self.name] = self.old
+        else:
+            self.owner.__dict__.pop(self.name, None)
+
+
+class _Work:
+    """A model that is being changed: what was asked for, what has been done."""
+
+    def __init__(self, model: nn.Module, skip: Sequence[str]) -> None:
+        self.model, self.skip = model, skip
+        self.report = Report(bytes_before=_bytes(model))
+        self.edits: list[Edit] = []
+        self.children = [(module, dict(module._modules)) for module in model.modules()]
+        self.claimed: set[int] = set()  # modules that have been decided on
+
+    def skipped(self, name: str) -> bool:
+        return any(f".{pattern}." in f".{name}." or fnmatchcase(name, pattern) for pattern in self.skip)
+
+    def set(self, owner: nn.Module, name: str, value: Any) -> None:
+        self.edits.append(Edit(owner, name, name in owner.__dict__, owner.__dict__.get(name)))
+        owner.__dict__[name] = value
+
+    def replace_forward(
+        self, name: str, module: nn.Module, forward: Callable[..., Any], what: str, operators: tuple[str, ...]
+    ) -> None:
+        self.claimed.add(id(module))
+        if "forward" in module.__dict__:
+            return self.keep(name, module, "its forward has been replaced before")
+        self.set(module, "forward", MethodType(forward, module))
+        return self.replaced(name, module, what, operators)
+
+    def replaced(self, name: str, module: nn.Module, what: str, operators: tuple[str, ...]) -> None:
+        self.report.replaced.append(Item(name, type(module).__name__, what, operators))
+
+    def keep(self, name: str, module: nn.Module, why: str) -> None:
+        self.claimed.add(id(module))
+        self.report.kept.append(Item(name, type(module).__name__, why))
+
+    def undo(self) -> None:
+        for edit in reversed(self.edits):
+            edit.undo()
+        for module, children in self.children:
+            module._modules.update(children)
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    softmax: bool = True,
+    linear: str | None = None,
+    group_size: int = 128,
+    norm: bool = True,
+    loss: bool = True,
+    skip: Sequence[str] = ("lm_head", "head"),
+    verify: Any = None,
+) -> Report:
+    """Make a model use the operators of lmops, in place, and say what was done.
+
+        report = lmops.optimize(model, linear="int4", verify=inputs)
+        print(report)
+        lmops.restore(model)
+
+    model: any torch.nn.Module. This instance changes, and nothing else: no class, and no other model, also not one that
+        shares its transformers config, of which this one gets a copy.
+    attention: of transformers models, through their registry of attention functions (BLOOM's layers one by one); of
+        torch.nn.MultiheadAttention where weights are not asked for; and torch's scaled_dot_product_attention in the
+        forward of other modules.
+    softmax: torch.nn.Softmax and LogSoftmax, and the functions in the forward of other modules.
+    norm: torch.nn.LayerNorm and RMSNorm, and the RMSNorms of transformers.
+    loss: torch.nn.CrossEntropyLoss, the losses of transformers' causal and masked language models, and cross_entropy in
+        the forward of other modules.
+    linear: "int4" or "int8" weights, with a scale and a zero point for every group_size columns; "fp8", with a scale a
+        row; "w8a8", int8 with a scale a row, and inputs rounded to 8 bits too. None leaves linear layers alone. Weights
+        are rounded to nearest; `lmops.quantization.quantize_model` has better ways. This cannot be undone.
+    skip: names to leave alone: a whole name, part of one between its dots ("lm_head", "layers.0"), or with wildcards.
+    verify: inputs of the model: a mapping of arguments, a tuple of them, or the only one. The model runs before and
+        after, in evaluation mode, and in the next higher precision as the truth, for which it is copied. Where linear
+        is given, what quantization did is measured and reported.
+
+    "The functions in the forward of other modules": where the code of a module's forward, or a function it calls, names
+    one of them, calls of it are redirected while this instance runs, submodules included.
+
+    Raises, with the model as it was: NothingToReplaceError; VerificationError; ValueError for an unknown `linear`, a
+    model that is quantized already, skip that names some of the attention layers of a transformers model, and layers
+    that cannot be quantized, with their names; TypeError for a model or skip of another type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(skip, str):
+        raise TypeError(f"skip must be a list of names, got the string {skip!r}")
+    if linear is not None and linear not in LINEAR:
+        raise ValueError(f"linear must be None or one of {', '.join(LINEAR)}, got {linear!r}")
+    if linear is not None:
+        quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+        if quantized:
+            raise ValueError(f"model is quantized already: {quantized[0]} is one of {len(quantized)} QuantLinears")
+    before = None if verify is None else _run(model, verify)
+    truth = None if verify is None else _truth(model, verify)
+    work = _Work(model, skip)
+    try:
+        kinds = {kind for kind, wanted in (("attention", attention), ("softmax", softmax), ("loss", loss)) if wanted}
+        _transformers(work, kinds)
+        for name, module in list(model.named_modules()):
+            if id(module) not in work.claimed and not work.skipped(name):
+                _torch_module(work, name, module, kinds)
+        if before is not None and truth is not None and work.edits:
+            _verify(before, truth, _run(model, verify))
+        if linear is not None:
+            _quantize(work, linear, group_size)
+        if not work.report.replaced:
+            raise NothingToReplaceError(work.report)
+        if before is not None:
+            work.report.verified = bool(work.edits)
+            if linear is not None:
+                _compare(work.report, before, _run(model, verify))
+    except BaseException:
+        work.undo()
+        raise
+    model.__dict__.setdefault(EDITS, []).extend(work.edits)
+    work.report.bytes_after = _bytes(model)
+    devices = sorted({t.device.type for t in (*model.parameters(), *model.buffers())} or {"cpu"})
+    for name in dict.fromkeys(name for item in work.report.replaced for name in item.operators):
+        found = [OPERATORS[name].implementation(device) for device in devices]
+        work.report.implementations[name] = "; ".join(f"{kind} ({why})" for kind, why in found)
+    return work.report
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Undo what `optimize` did to a model, or to modules in it, but for quantization; the names of what changed.
+
+    Raises ValueError for a model that has not been optimized.
+    """
+    optimized = [module for module in model.modules() if EDITS in module.__dict__]
+    if not optimized:
+        raise ValueError("model has not been optimized: lmops.optimize was never called on it, or has been undone")
+    owners: set[int] = set()
+    for module in optimized:
+        for edit in reversed(module.__dict__.pop(EDITS)):
+            edit.undo()
+            owners.add(id(edit.owner))
+    return [name for name, module in model.named_modules() if id(module) in owners]
+
+
+# -------------------------------------------------------------------------------------------------- torch's own layers
+
+
+def _torch_module(work: _Work, name: str, module: nn.Module, kinds: set[str]) -> None:
+    own = type(module).forward
+    if own is nn.MultiheadAttention.forward and "attention" in kinds:
+        assert isinstance(module, nn.MultiheadAttention)
+        if module.bias_k is not None or module.add_zero_attn:
+            return work.keep(name, module, "add_bias_kv and add_zero_attn are not supported")
+        return work.replace_forward(name, module, _mha_forward, "attention, where weights are not asked for", ATTENTION)
+    if isinstance(module, nn.TransformerEncoderLayer) and "attention" in kinds:
+        work.set(module, "activation_relu_or_gelu", 0)  # which is how it leaves torch's fused layer for inference
+    elif own is nn.Softmax.forward and "softmax" in kinds:
+        work.replace_forward(name, module, _softmax_forward, "softmax", SOFTMAX)
+    elif own is nn.LogSoftmax.forward and "softmax" in kinds:
+        work.replace_forward(name, module, _log_softmax_forward, "log_softmax", SOFTMAX)
+    elif own is nn.CrossEntropyLoss.forward and "loss" in kinds:
+        work.replace_forward(name, module, _cross_entropy_forward, "cross_entropy", LOSS)
+    elif not type(module).__module__.startswith(("torch.", "transformers.", "lmops.")):
+        _functions(work, name, module, kinds)
+    return None
+
+
+def _named_forward(function: Any) -> Any:
+    """A bound method is pickled by its name: a pickled model comes back with its class's forward, and works."""
+    function.__name__ = "forward"
+    return function
+
+
+@_named_forward
+def _softmax_forward(self: Any, input: Tensor) -> Tensor:
+    dim = self.dim if self.dim is not None else 0 if input.ndim in (0, 1, 3) else 1
+    return softmax_(input, dim=dim)
+
+
+@_named_forward
+def _log_softmax_forward(self: Any, input: Tensor) -> Tensor:
+    dim = self.dim if self.dim is not None else 0 if input.ndim in (0, 1, 3) else 1
+    return log_softmax(input, dim=dim)
+
+
+@_named_forward
+def _cross_entropy_forward(self: Any, input: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(
+        input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
+        label_smoothing=self.label_smoothing,
+    )  # fmt: skip
+
+
+@_named_forward
+def _mha_forward(
+    self: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """torch.nn.MultiheadAttention.forward; with need_weights the layer's own."""
+    if need_weights or query.is_nested:
+        return type(self).forward(
+            self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+    if is_causal and attn_mask is None:
+        raise RuntimeError("Need attn_mask if specifying the is_causal hint.")  # as torch says it
+    batched = query.ndim == 3
+    same = query is key is value
+    if self._qkv_same_embed_dim:
+        weights = self.in_proj_weight.chunk(3)
+    else:
+        weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+    if same and self._qkv_same_embed_dim:
+        q, k, v = nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+    else:
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = map(nn.functional.linear, (query, key, value), weights, biases)
+
+    def heads(x: Tensor) -> Tensor:  # (batch, heads, length, head_dim)
+        x = x.unflatten(-1, (self.num_heads, -1))
+        x = x[None] if not batched else x if self.batch_first else x.transpose(0, 1)
+        return x.transpose(1, 2)
+
+    q, k, v = map(heads, (q, k, v))
+    masks = []
+    if attn_mask is not None:  # (queries, keys), or one of those a head of each sequence
+        masks.append(attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (-1, self.num_heads)))
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask.view(len(k), 1, 1, k.shape[2]))
+    if all(mask.dtype == torch.bool for mask in masks):  # True hides
+        bias = None if not masks else ~masks[0] if len(masks) == 1 else ~(masks[0] | masks[1])
+    else:
+        added = [q.new_zeros(m.shape).masked_fill(m, float("-inf")) if m.dtype == torch.bool else m for m in masks]
+        bias = sum(added[1:], added[0])
+    y, _ = attend(q, k, v, bias=bias, dropout_p=self.dropout if self.training else 0.0)
+    y = y.transpose(1, 2).flatten(2)
+    y = self.out_proj(y)
+    return (y[0] if not batched else y if self.batch_first else y.transpose(0, 1)), None
+
+
+# ------------------------------------------------------------------------------- functions in the forward of a module
+
+
+def _redirected_softmax(ours: Callable[..., Tensor], theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(input: Tensor, dim: Any = None, *rest: Any, dtype: torch.dtype | None = None, **kw: Any) -> Tensor:
+        # _stacklevel is of the warning about a missing dim; what else there may be, such as names, is torch's
+        if isinstance(dim, int) and input.dtype in FLOATS and not rest and kw.keys() <= {"_stacklevel"}:
+            return ours(input, dim=dim, dtype=dtype)
+        return theirs(input, dim, *rest, dtype=dtype, **kw)
+
+    return call
+
+
+# what code calls -> the kind it is of, and what takes its place
+FUNCTIONS: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
+    nn.functional.scaled_dot_product_attention: ("attention", scaled_dot_product_attention),
+    nn.functional.cross_entropy: ("loss", cross_entropy),
+    **{
+        f: ("softmax", _redirected_softmax(softmax_, f)) for f in (nn.functional.softmax, torch.softmax, Tensor.softmax)
+    },
+    **{
+        f: ("softmax", _redirected_softmax(log_softmax, f))
+        for f in (nn.functional.log_softmax, torch.log_softmax, Tensor.log_softmax)
+    },
+}
+FUNCTION_KINDS = {f.__name__: kind for f, (kind, _) in FUNCTIONS.items()}
+OPERATORS_OF = {"attention": ATTENTION, "softmax": SOFTMAX, "loss": LOSS}
+
+
+class _Redirect(TorchFunctionMode):
+    """Inside, calls of torch's functions of these kinds are calls of lmops's."""
+
+    def __init__(self, kinds: tuple[str, ...]) -> None:
+        super().__init__()
+        self.kinds = kinds
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind, ours = FUNCTIONS.get(func, ("", func))
+        return (ours if kind in self.kinds else func)(*args, **(kwargs or {}))
+
+
+@_named_forward
+def _redirected_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    with _Redirect(self._lmops_redirects):
+        return type(self).forward(self, *args, **kwargs)
+
+
+def _functions(work: _Work, name: str, module: nn.Module, kinds: set[str]) -> None:
+    """Redirect the functions that the code of a module's forward names."""
+    names = [n for n in _names_in(type(module)) if not isinstance(getattr(module, n, None), nn.Module)]
+    found = tuple(sorted({FUNCTION_KINDS[n] for n in names if FUNCTION_KINDS.get(n) in kinds}))
+    if not found:
+        return None
+    inside = [n for n, _ in module.named_modules(prefix=name) if n != name and work.skipped(n)]
+    inside = [
+        n for n in inside if {FUNCTION_KINDS.get(f) for f in _names_in(type(work.model.get_submodule(n)))} & {*found}
+    ]
+    if inside:
+        return work.keep(name, module, f"it calls {', '.join(found)} functions, but so does {inside[0]} inside it")
+    called = [n for n in dict.fromkeys(names) if FUNCTION_KINDS.get(n) in found]
+    work.set(module, "_lmops_redirects", found)
+    operators = tuple(o for kind in found for o in OPERATORS_OF[kind])
+    return work.replace_forward(name, module, _redirected_forward, f"{', '.join(called)} in its forward", operators)
+
+
+def _names_in(kind: type) -> Iterator[str]:
+    """Names in the code of a class's forward, and of the functions of its module and the methods that this calls."""
+    start = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
+    seen, waiting = set(), [start]
+    while waiting:
+        function = waiting.pop()
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        codes = [code]
+        while codes:
+            code = codes.pop()
+            codes += [c for c in code.co_consts if hasattr(c, "co_names")]  # functions inside functions
+            yield from code.co_names
+            for called in code.co_names:
+                helper = function.__globals__.get(called, getattr(kind, called, None))
+                if isinstance(helper, FunctionType) and helper.__module__ == start.__module__:
+                    waiting.append(helper)
+
+
+# -------------------------------------------------------------------------------------------------------- transformers
+
+
+def _transformers(work: _Work, kinds: set[str]) -> None:
+    """The transformers models among the modules: attention through the registry, losses, BLOOM."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers import PreTrainedModel
+
+    inside: set[int] = set()
+    for name, module in work.model.named_modules():
+        if isinstance(module, PreTrainedModel) and id(module) not in inside:
+            inside.update(id(m) for m in module.modules())
+            if "attention" in kinds and not work.skipped(name):
+                _transformers_attention(work, name, module)
+            if "loss" in kinds and not work.skipped(name):
+                _transformers_loss(work, name, module)
+
+
+def _transformers_attention(work: _Work, prefix: str, model: Any) -> None:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from lmops.integrations import transformers as integration
+
+    through_registry: list[tuple[str, nn.Module]] = []
+    others: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules(prefix=prefix):
+        if "Attention" in type(module).__name__ and type(module).__module__.startswith("transformers."):
+            (through_registry if "get_interface" in _names_in(type(module)) else others).append((name, module))
+    skipped = [name for name, _ in through_registry if work.skipped(name)]
+    if skipped:
+        raise ValueError(
+            f"skip names {skipped[0]}, but attention of a transformers model can only be chosen for all its layers; "
+            "use attention=False"
+        )
+    for name, module in others:
+        if any("Attention" in type(m).__name__ for m in module.modules() if m is not module) or work.skipped(name):
+            continue
+        if type(module).__name__ == "BloomAttention":
+            work.replace_forward(name, module, _named_forward(integration.bloom_attention), "attention", ATTENTION)
+        else:
+            work.keep(name, module, "computes attention itself, without transformers' registry of attention functions")
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    if not through_registry or all(m.config._attn_implementation == integration.NAME for m in models):
+        return
+    held = [(m, key, v) for m in model.modules() for key, v in m.__dict__.items() if isinstance(v, PreTrainedConfig)]
+    own = list({id(config): config for *_, config in held}.values())
+    copies = dict(zip(map(id, own), copy.deepcopy(own), strict=True))
+    for module, key, config in held:
+        work.set(module, key, copies[id(config)])
+    model.set_attn_implementation(integration.NAME)
+    for name, module in through_registry:
+        work.replaced(name, module, "attention", ATTENTION)
+
+
+def _transformers_loss(work: _Work, name: str, model: Any) -> None:
+    from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
+
+    from lmops.integrations import transformers as integration
+
+    if "_loss_function" in model.__dict__ or "loss_function" not in _names_in(type(model)):
+        return
+    ours = {ForCausalLMLoss: integration.causal_lm_loss, ForMaskedLMLoss: integration.masked_lm_loss}
+    used = model.loss_function
+    if used in ours:
+        work.set(model, "_loss_function", ours[used])
+        work.replaced(name, model, "cross_entropy", LOSS)
+    else:
+        work.keep(name, model, f"its loss is {getattr(used, '__name__', used)}")
+
+
+# ------------------------------------------------------------------------------------------------------- linear layers
+
+
+def _quantize(work: _Work, linear: str, group_size: int) -> None:
+    model, skip = work.model, work.skip
+    layers = {name: type(layer).__name__ for name, layer in _find_layers(model, skip).items()}
+    if linear in ("int4", "int8"):
+        quantize_model(model, int(linear[3:]), group_size, skip=skip, progress=False)
+        what = f"{linear} weight"
+    else:
+        fp8, both = linear == "fp8", linear == "w8a8"
+        size, kind = -1, W8A8Linear if both else QuantLinear
+        found = _find_layers(model, skip)
+        scales = {name: check_weight(float_weight(layer), 8, size, None, name) for name, layer in found.items()}
+        for name, layer in found.items():
+            w = float_weight(layer)
+            packed = QuantizedTensor.quantize(w, 8, size, fp8=fp8, scale_dtype=scales[name], name=name)
+            new = kind.from_quantized(packed, layer.bias, w.dtype).train(layer.training)  # type: ignore[arg-type]
+            for parent in list(model.modules()):
+                for key, child in list(parent._modules.items()):
+                    if child is layer:
+                        parent._modules[key] = new
+        what = "int8 weight, inputs rounded to int8" if both else "fp8 weight"
+    forward = "int8_matmul_forward" if linear == "w8a8" else "quantized_matmul_forward"
+    operators = (forward, "quantized_matmul_backward")
+    for name, kind_name in layers.items():
+        work.report.replaced.append(Item(name, kind_name, what, operators))
+
+
+# ------------------------------------------------------------------------------------------------------------- verify
+
+
+def _run(model: nn.Module, inputs: Any) -> Tensor:
+    """The main result of a model: its logits, at the positions that are not padding."""
+    with torch.no_grad(), _evaluating(model):
+        if isinstance(inputs, Mapping):
+            out = model(**inputs)
+        else:
+            out = model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    for name in ("logits", "last_hidden_state"):
+        out = getattr(out, name, out)
+    while isinstance(out, (tuple, list, Mapping)):
+        out = next(iter(out.values() if isinstance(out, Mapping) else out))
+    if not isinstance(out, Tensor):
+        raise TypeError(f"verify: the model returned a {type(out).__name__}, no tensor to compare")
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if isinstance(mask, Tensor) and mask.ndim == 2 and out.shape[:2] == mask.shape:
+        out = out[mask.bool()]
+    return out
+
+
+def _truth(model: nn.Module, inputs: Any) -> Tensor:
+    """The result in the next higher precision, of a copy of the model."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    higher = torch.float64 if torch.float32 in kinds or not kinds else torch.float32
+
+    def raised(x: Any) -> Any:
+        return x.to(higher) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    if isinstance(inputs, Mapping):
+        inputs = {name: raised(x) for name, x in inputs.items()}
+    else:
+        inputs = tuple(map(raised, inputs)) if isinstance(inputs, (tuple, list)) else raised(inputs)
+    return _run(copy.deepcopy(model).to(higher), inputs)
+
+
+def _verify(before: Tensor, truth: Tensor, after: Tensor) -> None:
+    if (before.isfinite() & ~truth.isfinite()).any():
+        raise ValueError(
+            f"verify: the model gives finite results in {before.dtype} and NaN or infinities in {truth.dtype}, so "
+            "there is no truth to compare with; transformers' eager attention does so for padding on the left"
+        )
+    try:
+        assert_accurate(after, truth, before)
+    except AssertionError as error:
+        raise VerificationError(f"the optimized model is less accurate than the model was: {error}") from None
+
+
+def _compare(report: Report, before: Tensor, after: Tensor) -> None:
+    p, q = (x.float().log_softmax(-1) for x in (before, after))
+    report.kl_divergence = (p.exp() * (p - q)).sum(-1).mean().item()
+    report.agreement = (p.argmax(-1) == q.argmax(-1)).float().mean().item()
+
+
+def _bytes(model: nn.Module) -> int:
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())

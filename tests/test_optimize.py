@@ -1,0 +1,374 @@
+"""`lmops.optimize` and `restore`: what is replaced in which model, what stays, and that nothing else changes."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lmops
+from lmops.integrations.optimize import NothingToReplaceError, VerificationError
+from lmops.quantization import QuantLinear
+from lmops.quantization.w8a8 import W8A8Linear
+from lmops.testing import assert_accurate, implementation
+
+
+class CausalSelfAttention(nn.Module):
+    """nanoGPT's: the function in the forward of a user's module."""
+
+    def __init__(self, d=32, n_heads=4):
+        super().__init__()
+        self.c_attn, self.c_proj, self.n_heads = nn.Linear(d, 3 * d), nn.Linear(d, d), n_heads
+
+    def forward(self, x):
+        b, t, d = x.shape
+        q, k, v = (
+            y.view(b, t, self.n_heads, d // self.n_heads).transpose(1, 2) for y in self.c_attn(x).split(d, dim=2)
+        )
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).contiguous().view(b, t, d))
+
+
+class NanoBlock(nn.Module):
+    def __init__(self, d=32):
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(d), CausalSelfAttention(d), nn.LayerNorm(d)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class NanoGPT(nn.Module):
+    def __init__(self, vocab=97, d=32):
+        super().__init__()
+        self.wte, self.h = nn.Embedding(vocab, d), nn.ModuleList([NanoBlock(d) for _ in range(2)])
+        self.lm_head = nn.Linear(d, vocab, bias=False)
+
+    def forward(self, idx, targets=None):
+        x = self.wte(idx)
+        for block in self.h:
+            x = block(x)
+        logits = self.lm_head(x)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+
+TOKENS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+def items(report):
+    return {item.name: item.what for item in report.replaced}
+
+
+def test_nanogpt_in_one_line():
+    model, other = NanoGPT(), NanoGPT()
+    baseline, loss = model(TOKENS, TOKENS)
+    truth, _ = copy.deepcopy(model).double()(TOKENS)
+    report = lmops.optimize(model, norm=False, verify=TOKENS)
+    assert items(report) == {
+        "": "cross_entropy in its forward",
+        **{f"h.{i}.attn": "scaled_dot_product_attention in its forward" for i in range(2)},
+    }
+    with implementation("torch") as calls:
+        logits, ours = model(TOKENS, TOKENS)
+        ours.backward()
+    assert calls.count == 6  # forward and backward of two attentions; the loss, and a look at its gradient
+    assert_accurate(logits, truth, baseline)
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-6)
+    with implementation("torch") as calls:
+        other(TOKENS, TOKENS)
+    assert calls.count == 0  # another instance of the class
+    assert lmops.restore(model) == ["", "h.0.attn", "h.1.attn"]
+    with implementation("torch") as calls:
+        assert torch.equal(model(TOKENS)[0], baseline)
+    assert calls.count == 0
+
+
+def test_the_report_is_a_table():
+    report = lmops.optimize(NanoGPT(), norm=False, linear="int4", group_size=32, verify=TOKENS)
+    text = str(report)
+    assert "h.*.attn (2)" in text
+    assert "int4 weight" in text
+    assert f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after" in text
+    assert report.bytes_after < 0.55 * report.bytes_before
+    assert "attention_forward: torch (tensors on the CPU)" in text
+    assert report.kl_divergence > 0
+    assert "KL divergence" in text
+    assert report.implementations["quantized_matmul_forward"].startswith("torch")
+
+
+class Zoo(nn.Module):
+    """Every module of torch that is replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.softmax, self.log_softmax, self.loss = nn.Softmax(-1), nn.LogSoftmax(1), nn.CrossEntropyLoss()
+        self.mha = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        y = self.mha(x, x, x, need_weights=False)[0] + self.layer(x)
+        return self.softmax(y) + self.log_softmax(y), self.loss(y.flatten(0, 1), y.flatten(0, 1).argmax(-1))
+
+
+def test_modules_of_torch():
+    model, x = Zoo(), torch.randn(2, 5, 16)
+    truth = copy.deepcopy(model).double()(x.double())
+    baseline = model(x)
+    report = lmops.optimize(model, norm=False)
+    assert set(items(report)) == {"softmax", "log_softmax", "loss", "mha", "layer.self_attn"}
+    for mode in (model.train, model.eval):
+        mode()
+        with implementation("torch") as calls, torch.no_grad():
+            ours = model(x)
+        assert calls.count == 5
+        for a, b, t in zip(ours, baseline, truth, strict=True):
+            assert_accurate(a, t, b)
+    assert type(model.softmax) is nn.Softmax
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("case", ["self", "cross", "widths", "bool", "float", "padding", "both", "heads", "unbatched"])
+def test_multihead_attention(case, batch_first):
+    options = {"kdim": 12, "vdim": 20} if case == "widths" else {}
+    model = nn.MultiheadAttention(16, 2, batch_first=batch_first, **options)
+    nn.init.normal_(model.in_proj_bias)
+    q = torch.randn(3, 5, 16)
+    k, v = (torch.randn(3, 7, width) for width in ((12, 20) if case == "widths" else (16, 16)))
+    if case == "self":
+        k = v = q
+    kwargs = {"need_weights": False}
+    mask = torch.randn(5, 7) > 1
+    if case in ("bool", "both"):
+        kwargs["attn_mask"] = mask
+    if case == "float":
+        kwargs["attn_mask"] = torch.randn(5, 7)
+    if case == "heads":
+        kwargs["attn_mask"] = torch.randn(6, 5, 7) > 1
+    if case in ("padding", "both"):
+        kwargs["key_padding_mask"] = torch.arange(7) >= torch.tensor([[7], [4], [5]])
+    if case == "unbatched":
+        q, k, v = q[0], k[0], v[0]
+    elif not batch_first:
+        q, k, v = (q.transpose(0, 1),) * 3 if case == "self" else (t.transpose(0, 1) for t in (q, k, v))
+    double = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in kwargs.items()}
+    truth = copy.deepcopy(model).double()(q.double(), k.double(), v.double(), **double)[0]
+    baseline = model(q, k, v, **kwargs)[0]
+    lmops.optimize(model)
+    with implementation("torch") as calls:
+        actual, weights = model(q, k, v, **kwargs)
+    assert calls.count == 1
+    assert weights is None
+    assert_accurate(actual, truth, baseline)
+    if case == "self":  # the layer's own, which has them
+        assert model(q, k, v)[1].shape == (3, 5, 5)
+
+
+def test_a_multihead_attention_that_cannot_be_replaced_is_reported():
+    model = nn.Sequential(nn.MultiheadAttention(16, 2, add_zero_attn=True), nn.Softmax(-1))
+    report = lmops.optimize(model)
+    assert [(item.name, item.what) for item in report.kept] == [
+        ("0", "add_bias_kv and add_zero_attn are not supported")
+    ]
+    assert "unchanged: add_bias_kv" in str(report)
+
+
+class Manual(nn.Module):
+    """Functions in helpers, as methods of tensors, in other types than a kernel takes, and an attribute of the name."""
+
+    def attend(self, q):
+        return helper(q @ q.mT) @ q + (q.softmax(-1) + torch.log_softmax(q, dim=1)).sum()
+
+    def forward(self, x):
+        return self.attend(x) + F.softmax(x, dim=-1, dtype=torch.float64).to(x.dtype)
+
+
+def helper(scores):
+    return F.softmax(scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf), -1)
+
+
+def test_functions_that_a_forward_calls():
+    model, x = Manual(), torch.randn(2, 5, 8)
+    baseline, truth = model(x), copy.deepcopy(model).double()(x.double())
+    report = lmops.optimize(model)
+    assert items(report) == {"": "softmax, log_softmax in its forward"}
+    with implementation("torch") as calls:
+        actual = model(x)
+    assert calls.count == 4
+    assert_accurate(actual, truth, baseline)
+
+
+def test_skip():
+    model = NanoGPT()
+    report = lmops.optimize(model, norm=False, linear="int8", group_size=16, skip=["h.0", "lm_head", "*.mlp.0"])
+    assert set(items(report)) == {"", "h.1.attn", "h.1.attn.c_attn", "h.1.attn.c_proj", "h.1.mlp.2"}
+    with implementation("torch") as calls:
+        model(TOKENS)
+    assert calls.count == 1 + 3  # one attention, three linear layers
+
+
+def test_a_skipped_function_is_not_reached_from_outside():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Manual()
+
+        def forward(self, x):
+            return torch.softmax(self.inner(x), -1)
+
+    model = nn.ModuleDict({"outer": Outer(), "softmax": nn.Softmax(-1)})
+    report = lmops.optimize(model, skip=["inner"])
+    assert items(report) == {"softmax": "softmax"}
+    assert [item.what for item in report.kept] == ["it calls softmax functions, but so does outer.inner inside it"]
+
+
+@pytest.mark.parametrize("linear", ["int4", "int8", "fp8", "w8a8"])
+def test_linear(linear):
+    model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8))
+    x = torch.randn(3, 64)
+    before = model(x)
+    report = lmops.optimize(model, linear=linear, group_size=32, verify=x)
+    assert {type(m) for m in model if not isinstance(m, nn.GELU)} == {W8A8Linear if linear == "w8a8" else QuantLinear}
+    assert {m.format for m in model if isinstance(m, QuantLinear)} == {linear if linear != "w8a8" else "int8"}
+    name = "int8_matmul_forward" if linear == "w8a8" else "quantized_matmul_forward"
+    assert list(report.implementations) == [name, "quantized_matmul_backward"]
+    error = (model(x) - before).norm() / before.norm()
+    assert 0 < error < (0.3 if linear == "int4" else 0.06)
+    model(x.requires_grad_()).sum().backward()
+    assert x.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="quantized already: 0 is one of 2"):
+        lmops.optimize(model, linear=linear)
+
+
+def state(model):
+    """All that `optimize` might leave behind."""
+    return {
+        name: (type(m), set(m.__dict__), [(k, id(c)) for k, c in m._modules.items()], m.training)
+        for name, m in model.named_modules()
+    }
+
+
+def bad_cases():
+    yield "nothing", nn.Sequential(nn.GELU()), {}, NothingToReplaceError, "nothing to replace"
+    yield "already", lmops.integrations.optimize, {}, TypeError, "model must be a torch.nn.Module, got module"
+    yield "linear", NanoGPT(), {"linear": "int3"}, ValueError, "linear must be None or one of int8.*got 'int3'"
+    yield "skip", NanoGPT(), {"skip": "h.0"}, TypeError, "skip must be a list"
+    yield "group", NanoGPT(), {"linear": "int4", "group_size": 48}, ValueError, "group_size"
+    poisoned = NanoGPT()
+    poisoned.h[1].mlp[2].weight.data[0, 0] = math.nan
+    for linear in ("int4", "fp8", "w8a8"):
+        options = {"linear": linear, "group_size": 32}
+        yield f"layer-{linear}", copy.deepcopy(poisoned), options, ValueError, r"h\.1\.mlp\.2 has NaN"
+    yield "verify", NanoGPT(), {"verify": torch.randint(97, (2, 3, 4))}, ValueError, "too many values"
+    yield "no tensor", nn.Sequential(nn.Softmax(-1), Nothing()), {"verify": torch.ones(3)}, TypeError, "no tensor"
+
+
+class Nothing(nn.Module):
+    def forward(self, x):
+        return None
+
+
+@pytest.mark.parametrize(("model", "options", "error", "message"), [c[1:] for c in bad_cases()],
+                         ids=[c[0] for c in bad_cases()])  # fmt: skip
+def test_bad_input_leaves_the_model_as_it_was(model, options, error, message):
+    before = state(model) if isinstance(model, nn.Module) else None
+    with pytest.raises(error, match=message):
+        lmops.optimize(model, **options)
+    if before is not None:
+        assert state(model) == before
+
+
+def test_verify_finds_a_wrong_operator(monkeypatch):
+    model = NanoGPT().train()
+    before = state(model)
+    functions = lmops.integrations.optimize.FUNCTIONS
+    wrong = {
+        F.scaled_dot_product_attention: ("attention", lambda *a, **k: 1.01 * F.scaled_dot_product_attention(*a, **k))
+    }
+    monkeypatch.setattr("lmops.integrations.optimize.FUNCTIONS", functions | wrong)
+    with pytest.raises(VerificationError, match="max error"):
+        lmops.optimize(model, linear="int4", group_size=32, verify=(TOKENS,))
+    assert state(model) == before
+
+
+def test_restore_what_was_never_changed():
+    with pytest.raises(ValueError, match="has not been optimized"):
+        lmops.restore(NanoGPT())
+
+
+def test_twice_changes_nothing_more():
+    model = NanoGPT()
+    lmops.optimize(model)
+    with pytest.raises(NothingToReplaceError, match="its forward has been replaced before"):
+        lmops.optimize(model)
+    lmops.restore(model)
+    assert "forward" not in model.__dict__
+
+
+def test_copies_and_pickles():
+    """A copy is optimized, by itself; a pickle comes back as the class says."""
+    model = NanoGPT()
+    lmops.optimize(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.wte.weight.zero_()
+    with implementation("torch") as calls:
+        assert not torch.equal(twin(TOKENS)[0], model(TOKENS)[0])
+    assert calls.count == 4
+    lmops.restore(twin)
+    with implementation("torch") as calls:
+        twin(TOKENS), model(TOKENS)
+    assert calls.count == 2
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.allclose(loaded(TOKENS)[0], model(TOKENS)[0])
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    assert set(model.state_dict()) == set(NanoGPT().state_dict())
+
+
+def test_hooks_stay():
+    model, seen = nn.Sequential(nn.Softmax(-1)), []
+    model[0].register_forward_hook(lambda *args: seen.append(1))
+    lmops.optimize(model)
+    model(torch.randn(2, 3))
+    assert seen == [1]
+
+
+def test_training_goes_on_as_before():
+    losses = {}
+    for optimized in (False, True):
+        torch.manual_seed(3)
+        model = NanoGPT()
+        if optimized:
+            lmops.optimize(model)
+        adam = torch.optim.AdamW(model.parameters(), 1e-2)
+        for _ in range(8):
+            loss = model(TOKENS, TOKENS)[1]
+            loss.backward()
+            adam.step()
+            adam.zero_grad()
+        losses[optimized] = loss.item()
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    assert losses[True] < 3
+
+
+def test_compiled_whole():
+    model = NanoGPT()
+    lmops.optimize(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with implementation("torch") as calls:
+        _, loss = compiled(TOKENS, TOKENS)
+        loss.backward()
+    assert calls.count >= 5
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(TOKENS, TOKENS)[1].backward()
+    for a, p in zip(grads, model.parameters(), strict=True):
+        assert torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6)

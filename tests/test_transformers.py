@@ -1,0 +1,414 @@
+"""transformers models with attention from lmops against "eager": logits, gradients, padding, caches, generate."""
+
+import copy
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers.masking_utils import sdpa_mask  # noqa: E402
+
+import lmops  # noqa: E402
+import lmops.integrations.transformers as integration  # noqa: E402
+from lmops.testing import assert_accurate, implementation  # noqa: E402
+
+LLAMA = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+BERT = {k: LLAMA[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "pad_token_id")}
+BERT |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+ENCODER_DECODER = {
+    "vocab_size": 97, "d_model": 32, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
+GEMMA = {**LLAMA, "head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 16}
+MIXTURE = {"num_local_experts": 2, "num_experts_per_tok": 1, "experts_implementation": "eager"}
+
+# a window of 5 over 12 tokens; layers alternate where the family's do
+DECODERS = {
+    "GPT2": {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
+             "eos_token_id": None, "pad_token_id": 0, "scale_attn_by_inverse_layer_idx": True},
+    "Llama": LLAMA,
+    "Mistral": {**LLAMA, "sliding_window": 5},
+    "Qwen2": {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "Qwen3": {**LLAMA, "head_dim": 16},
+    "Gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "layer_types": ["sliding_attention", "full_attention"]},
+    "Gemma3": {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
+    "Phi3": {**LLAMA, "sliding_window": 5},
+    "Mixtral": {**LLAMA, **MIXTURE},
+    "GptOss": {**LLAMA, **MIXTURE, "head_dim": 16, "sliding_window": 5,
+               "layer_types": ["sliding_attention", "full_attention"]},
+    "GPTNeoX": {**{k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}, "rotary_pct": 0.5},
+}  # fmt: skip
+CLASSES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "GPT2": ("GPT2Config", "GPT2LMHeadModel")}
+
+
+def build(family, head="ForCausalLM", **settings):
+    config_name, model_name = CLASSES.get(family, (f"{family}Config", f"{family}{head}"))
+    settings = {"attn_implementation": "lmops", **DECODERS.get(family, {}), **settings}
+    config = getattr(transformers, config_name)(**settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, model_name)(config).eval()
+    for parameter in model.parameters():  # their own initialisation makes attention nearly uniform
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def plain_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None,
+                    position_bias=None, **kwargs):  # fmt: skip
+    """The truth in float64: "eager" computes its softmax in float32 and overflows where rows are masked throughout."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores if position_bias is None else scores + position_bias
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -1e300)
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    return (scores.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2).contiguous(), None
+
+
+def whole_mask(*args, **kwargs):
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+AttentionInterface.register("plain", plain_attention)
+AttentionMaskInterface.register("plain", whole_mask)
+AttentionMaskInterface.register("added", lambda *a, **k: torch.where(whole_mask(*a, **k), 0.0, -1e30))
+
+
+def run(model, kind, dtype, inputs, pick):
+    """What `pick` takes of the outputs, and all gradients of its weighted sum, with the attention `kind`."""
+    model = copy.deepcopy(model).to(dtype)
+    model.set_attn_implementation(kind)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    with implementation("torch") as calls:
+        out = pick(model(**inputs))
+    assert bool(calls.count) == (kind == "lmops")
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (out * weights.to(dtype)).sum().backward()
+    return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def compare(model, inputs, pick):
+    actual, baseline, truth = (
+        run(model, *case, inputs, pick)
+        for case in (("lmops", torch.float32), ("eager", torch.float32), ("plain", torch.float64))
+    )
+    for a, b, t in zip(actual, baseline, truth, strict=True):
+        assert (b - t).abs().max() < 1e-4 * t.abs().max(), "the truth is not what the model computes"
+        assert_accurate(a, t, b)
+
+
+def padding(side):
+    mask = torch.ones(2, 12, dtype=torch.long)
+    if side == "left":
+        mask[0, :7] = 0
+    elif side == "right":
+        mask[0, 5:] = 0
+    return mask
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoder_logits_and_gradients(family, side):
+    mask = padding(side)
+    inputs = {"input_ids": torch.randint(3, 97, (2, 12)), "attention_mask": mask, "use_cache": torch.tensor(False)}
+    if side == "none":
+        del inputs["attention_mask"]
+    compare(build(family), inputs, lambda out: out.logits[mask.bool()])
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoder_generates_the_same(family):
+    """Left-padded prompts, with a growing cache, a static one and none; longer than the window."""
+    model = build(family)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    inputs = {"input_ids": torch.randint(3, 97, (2, 8)), "attention_mask": mask}
+    generates_the_same(model, inputs)
+    del inputs["attention_mask"]  # nothing is padded: no mask is made, a static cache's empty end is not looked at
+    generates_the_same(model, inputs)
+
+
+def generates_the_same(model, inputs):
+    options = {"max_new_tokens": 6, "do_sample": False, "disable_compile": True}
+    found = {}
+    for kind in ("eager", "lmops"):
+        model.set_attn_implementation(kind)
+        for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+            found[kind, str(cache)] = model.generate(**inputs, **options, **cache).tolist()
+    assert len({str(tokens) for tokens in found.values()}) == 1, found
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_tokens_in_several_calls(family):
+    """A prompt in pieces through a cache that grows: more queries than one, fewer than keys."""
+    model = build(family)
+    tokens = torch.randint(3, 97, (2, 12))
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        parts = [model(t, past_key_values=cache).logits for t in tokens.split((7, 4, 1), dim=1)]
+        whole = model(tokens).logits
+        model.set_attn_implementation("eager")
+        baseline = model(tokens).logits
+        model.set_attn_implementation("plain")
+        truth = model.double()(tokens).logits
+    assert_accurate(whole, truth, baseline)
+    assert_accurate(torch.cat(parts, 1), truth, baseline)
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_bert(side):
+    model = build("Bert", "ForMaskedLM", **BERT)
+    mask = padding(side)
+    inputs = {"input_ids": torch.randint(3, 97, (2, 12)), "attention_mask": mask}
+    compare(model, inputs, lambda out: out.logits[mask.bool()])
+
+
+def test_vit():
+    sizes = {k: BERT[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    model = build("ViT", "ForImageClassification", **sizes, image_size=16, patch_size=4)
+    compare(model, {"pixel_values": torch.randn(2, 3, 16, 16)}, lambda out: out.logits)
+
+
+BART = {
+    "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "forced_eos_token_id": None,
+}  # fmt: skip
+T5 = {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 8}
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize(("family", "sizes"), [("Bart", BART), ("T5", T5)])
+def test_encoder_decoder(family, sizes, side):
+    """Cross-attention over a padded encoder, a causal decoder; T5 adds a learned bias by distance."""
+    model = build(family, "ForConditionalGeneration", **ENCODER_DECODER, **sizes)
+    mask = padding(side)
+    inputs = {
+        "input_ids": torch.randint(3, 97, (2, 12)), "attention_mask": mask,
+        "decoder_input_ids": torch.randint(3, 97, (2, 7)), "use_cache": torch.tensor(False),
+    }  # fmt: skip
+    compare(model, inputs, lambda out: out.logits)
+    prompt = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+    tokens = []
+    for kind in ("eager", "lmops"):
+        model.set_attn_implementation(kind)
+        tokens.append(model.generate(**prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False).tolist())
+    assert tokens[0] == tokens[1]
+
+
+def test_no_mask_is_made_where_flags_say_it_all(monkeypatch):
+    """Causal and causal in a window without padding: what a kernel can skip without reading a mask."""
+    masks = []
+    attend = integration.attention
+
+    def noting(*args, bias=None, **kwargs):
+        masks.append((bias is None, kwargs["left"], kwargs["right"]))
+        return attend(*args, bias=bias, **kwargs)
+
+    monkeypatch.setattr(integration, "attention", noting)
+    model, tokens = build("Gemma3"), torch.randint(3, 97, (2, 12))
+    with torch.no_grad():
+        cache = model(tokens, attention_mask=torch.ones_like(tokens)).past_key_values
+        assert masks == [(True, 4, 0), (True, None, 0)]
+        model(tokens[:, :1], past_key_values=cache)
+        assert masks[2:] == [(True, 4, 0), (True, None, 0)]
+        model(tokens, attention_mask=padding("left"))
+        assert masks[4:] == [(False, None, None)] * 2
+
+
+def test_a_window_that_layers_are_not_told_comes_as_a_mask():
+    """Qwen2-MoE makes a mask with a window, and does not pass the window on."""
+    settings = {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_experts": 2}
+    settings |= {"num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    model = build("Qwen2Moe", **settings, experts_implementation="eager")
+    compare(model, {"input_ids": torch.randint(3, 97, (2, 12)), "use_cache": torch.tensor(False)}, lambda o: o.logits)
+
+
+def test_dropout_and_training():
+    model = build("Llama", attention_dropout=0.5).train()
+    tokens = torch.randint(3, 97, (2, 12))
+    outs = [model(tokens).logits for _ in range(2)]
+    assert not torch.equal(*outs)
+    torch.manual_seed(3)
+    first = model(tokens).logits
+    torch.manual_seed(3)
+    assert torch.equal(first, model(tokens).logits)
+
+
+def test_kernels_under_transformers(path):
+    """The kernels: window, softcap and grouped heads, padded, forward and backward."""
+    model = build("Gemma2").to(path.device)
+    mask = padding("left").to(path.device)
+    tokens = torch.randint(3, 97, (2, 12), device=path.device)
+    out = model(tokens, attention_mask=mask).logits[mask.bool()]
+    out.sum().backward()
+    grad = model.model.layers[0].self_attn.q_proj.weight.grad
+    results = {}
+    for kind, dtype in (("eager", torch.float32), ("plain", torch.float64)):
+        other = copy.deepcopy(model).to(dtype)
+        other.zero_grad()
+        other.set_attn_implementation(kind)
+        y = other(tokens, attention_mask=mask).logits[mask.bool()]
+        y.sum().backward()
+        results[kind] = y, other.model.layers[0].self_attn.q_proj.weight.grad
+    assert_accurate(out, results["plain"][0], results["eager"][0])
+    assert_accurate(grad, results["plain"][1], results["eager"][1])
+
+
+def test_from_pretrained(tmp_path):
+    model = build("Llama")
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="lmops")
+    tokens = torch.randint(3, 97, (2, 12))
+    with implementation("torch") as calls, torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert calls.count == 4
+
+
+def test_masks_of_unexpected_rank():
+    model, tokens = build("Llama"), torch.randint(3, 97, (2, 12))
+    with pytest.raises(ValueError, match=r"attention_mask must be .* got shape \(2, 12, 12\)"):
+        model(tokens, attention_mask=torch.ones(2, 12, 12))
+    layer, x = model.model.layers[0].self_attn, torch.randn(2, 4, 12, 8)
+    with pytest.raises(ValueError, match=r"attention_mask must be .* got shape \(2, 12\)"):
+        integration.attention_forward(layer, x, x, x, torch.ones(2, 12))
+    with pytest.raises(ValueError, match="attn_mask must broadcast"):
+        integration.attention_forward(layer, x, x, x, torch.ones(2, 1, 12, 11))
+
+
+def test_a_model_that_does_not_ask_the_registry_says_so():
+    """BLOOM adds the mask to its scores itself: a boolean one would be misread in silence."""
+    model = build("Bloom", vocab_size=97, hidden_size=32, n_layer=1, n_head=4)
+    with pytest.raises(NotImplementedError, match=r"BloomConfig.*eager"):
+        model(torch.randint(3, 97, (2, 12)))
+
+
+# ---- lmops.optimize -------------------------------------------------------------------------------------------------
+
+
+def test_optimize_changes_one_instance():
+    """Two models of one config: attention of one changes, and comes back; its loss too."""
+    config = transformers.LlamaConfig(**LLAMA, attn_implementation="eager")
+    first, second = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    tokens = torch.randint(3, 97, (2, 12))
+    labels = tokens.masked_fill(padding("left") == 0, -100)
+    expected = first(tokens, labels=labels)
+    report = lmops.optimize(first, norm=False, verify={"input_ids": tokens})
+    assert [(item.name, item.what) for item in report.replaced] == [
+        ("model.layers.0.self_attn", "attention"), ("model.layers.1.self_attn", "attention"), ("", "cross_entropy"),
+    ]  # fmt: skip
+    with implementation("torch") as calls:
+        out = first(tokens, labels=labels)
+    assert calls.count == 3
+    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    with implementation("torch") as calls:
+        second(tokens, labels=labels)
+    assert calls.count == 0
+    assert config._attn_implementation == second.config._attn_implementation == "eager"
+    assert "model.layers.0.self_attn" in lmops.restore(first)
+    assert first.config is config
+    with implementation("torch") as calls:
+        assert torch.equal(first(tokens, labels=labels).logits, expected.logits)
+    assert calls.count == 0
+
+
+def test_optimize_a_model_inside_another_module():
+    class Classifier(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = build("Bert", "Model", **BERT, attn_implementation="sdpa")
+            self.head = torch.nn.Linear(32, 3)
+
+        def forward(self, tokens):
+            return self.head(self.encoder(tokens).last_hidden_state[:, 0])
+
+    model, tokens = Classifier(), torch.randint(3, 97, (2, 12))
+    report = lmops.optimize(model, norm=False, linear="int8", group_size=16, skip=["pooler", "head"], verify=tokens)
+    names = [item.name for item in report.replaced if item.what == "attention"]
+    assert names == [f"encoder.encoder.layer.{i}.attention.self" for i in range(2)]
+    assert sum(item.what == "int8 weight" for item in report.replaced) == 12
+    assert report.agreement == 1
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_bloom(side):
+    """ALiBi, in layers that do not ask the registry: their instances get another forward."""
+    model = build(
+        "Bloom", vocab_size=97, hidden_size=32, n_layer=2, n_head=4, attn_implementation="eager", pad_token_id=0
+    )
+    mask, tokens = padding(side), torch.randint(3, 97, (2, 12))
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+
+    def results(model):
+        logits = model(**inputs).logits[mask.bool()]
+        logits.square().sum().backward()
+        return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        for layer in model.transformer.h:
+            layer.input_layernorm.weight.normal_(1, 0.3)
+    generated = model.generate(**inputs, **options)
+    baseline, exact = results(copy.deepcopy(model)), copy.deepcopy(model).double()
+    exact.config._attn_implementation = "added"  # as "eager", whose mask overflows in float64
+    truth = results(exact)
+    report = lmops.optimize(model, loss=False, norm=False)
+    assert [item.name for item in report.replaced] == [f"transformer.h.{i}.self_attention" for i in range(2)]
+    assert torch.equal(model.generate(**inputs, **options), generated)
+    with implementation("torch") as calls:
+        actual = results(model)
+    assert calls.count == 4
+    for a, b, t in zip(actual, baseline, truth, strict=True):
+        assert (b - t).abs().max() < 1e-4 * t.abs().max()
+        assert_accurate(a, t, b)
+
+
+def test_layers_that_compute_attention_themselves_are_reported():
+    model = transformers.FalconForCausalLM(
+        transformers.FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    )
+    report = lmops.optimize(model, norm=False)
+    assert [item.name for item in report.replaced] == [""]  # the loss
+    assert [item.name for item in report.kept] == [f"transformer.h.{i}.self_attention" for i in range(2)]
+    assert "computes attention itself" in str(report)
+    assert "attention" not in lmops.restore(model)
+
+
+def test_skip_cannot_split_the_attention_of_a_model():
+    model = build("Llama", attn_implementation="sdpa")
+    config = model.config
+    with pytest.raises(ValueError, match=r"skip names model.layers.0.self_attn.*attention=False"):
+        lmops.optimize(model, skip=["layers.0"])
+    assert model.config is config
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_verify_with_a_truth_that_is_none():
+    """transformers' eager attention is NaN in float64 where a row is masked throughout."""
+    model = build("Llama", attn_implementation="eager")
+    inputs = {"input_ids": torch.randint(3, 97, (2, 12)), "attention_mask": padding("left")}
+    with pytest.raises(ValueError, match="no truth to compare with"):
+        lmops.optimize(model, verify=inputs)
+    model.set_attn_implementation("sdpa")
+    assert lmops.optimize(model, verify=inputs).verified
+
+
+def test_losses():
+    """Masked language models, labels shifted by the caller, a number of items."""
+    logits, labels = torch.randn(2, 6, 97, requires_grad=True), torch.randint(97, (2, 6))
+    labels[0, :3] = -100
+    from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
+
+    for ours, theirs in ((integration.causal_lm_loss, ForCausalLMLoss), (integration.masked_lm_loss, ForMaskedLMLoss)):
+        for options in ({}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}):
+            assert ours(logits, labels, 97, **options).item() == pytest.approx(
+                theirs(logits, labels, 97, **options).item(), rel=1e-6
+            )
+    shifted = integration.causal_lm_loss(logits, None, 97, shift_labels=labels)
+    assert shifted.item() == pytest.approx(ForMaskedLMLoss(logits, labels, 97).item(), rel=1e-6)
