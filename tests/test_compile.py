@@ -43,6 +43,9 @@ SOME = (
     "quantized-matmul-dx-int4-g128-bf16",
     "quantized-embedding-int4-g128-zeros",
     "int8-matmul-bf16-64",
+    "paged-cache-store-bf16-rope",
+    "paged-cache-store-int4",
+    "paged-cache-copy-bf16",
 )
 
 

@@ -8,10 +8,10 @@ kv_heads, D). A row is what a token has for a head. Quantized pages have a scale
     int4    x = scale q + minimum     scale = (max x - min x) / 15, q = (x - minimum) / scale rounded, 0 .. 15;
                                       byte i of a row has element 2 i in its low bits and 2 i + 1 in its high ones
 
-Scales and minima are rounded to their type before codes are formed, so codes make up for that. A scale of 0 divides as 1
-does: a row of zeros is read as zeros. What float16 cannot hold is cut to +-65,504, and so is what is read: elements
-beyond 127 x 65,504 (fp8: 448 x 65,504; int4: a minimum of -65,504) lose magnitude and nothing becomes infinite. A row
-with NaN or infinity has scale NaN and is read as NaN throughout.
+Scales and minima are rounded to their type before codes are formed, so codes make up for that. A scale of 0 divides as
+1 does: a row of zeros is read as zeros. Scales and minima that float16 cannot hold are cut to +-65,504, so that nothing
+becomes infinite: elements beyond 127 x 65,504 (fp8: 448 x) are read as that. A row with NaN or infinity has scale NaN
+and is read as NaN throughout.
 """
 
 from __future__ import annotations
