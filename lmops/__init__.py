@@ -1,5 +1,6 @@
 """lmops: Triton kernels that make torch language models fast, and the modules, models and tools around them."""
 
+from lmops.cache import PagedKVCache
 from lmops.engine import generate
 from lmops.integrations.optimize import optimize, restore
 from lmops.models import GPT, GPTConfig, load
@@ -7,6 +8,7 @@ from lmops.ops.attention import scaled_dot_product_attention
 from lmops.ops.int8_matmul import int8_matmul
 from lmops.ops.loss import cross_entropy, kl_div, linear_cross_entropy, linear_kl_div
 from lmops.ops.norm import layer_norm, rms_norm
+from lmops.ops.paged_cache import KVPages, store_kv
 from lmops.ops.quantized_embedding import quantized_embedding
 from lmops.ops.quantized_matmul import quantized_matmul
 from lmops.ops.sampling import filter_logits, sample, verify_draft
@@ -16,6 +18,8 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "GPTConfig",
+    "KVPages",
+    "PagedKVCache",
     "__version__",
     "cross_entropy",
     "filter_logits",
@@ -35,5 +39,6 @@ __all__ = [
     "sample",
     "scaled_dot_product_attention",
     "softmax",
+    "store_kv",
     "verify_draft",
 ]

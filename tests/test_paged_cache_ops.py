@@ -11,7 +11,6 @@ from lmops.ops.paged_cache import (
     copy_blocks_forward,
     store_kv,
     store_kv_forward,
-    store_tile,
     swap_blocks,
 )
 from lmops.reference.paged_cache import dequantize_rows, quantize_rows, rotate, store_rows

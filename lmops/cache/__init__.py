@@ -1,4 +1,4 @@
-"""The paged KV cache. So far its host side, without tensors: blocks, prefixes, and how much memory they take."""
+"""The paged KV cache: which block is whose, prefixes, how much memory they take, and the pages themselves."""
 
 from lmops.cache.allocator import (
     RELEASED,
@@ -9,6 +9,7 @@ from lmops.cache.allocator import (
     PagedSequence,
     SwappedSequence,
 )
+from lmops.cache.paged import PagedBatch, PagedKVCache, SwappedPages
 from lmops.cache.plan import CachePlan, plan_cache
 from lmops.cache.prefix import PrefixCache, PrefixStats
 
@@ -19,9 +20,12 @@ __all__ = [
     "BlockCopy",
     "CachePlan",
     "OutOfBlocksError",
+    "PagedBatch",
+    "PagedKVCache",
     "PagedSequence",
     "PrefixCache",
     "PrefixStats",
+    "SwappedPages",
     "SwappedSequence",
     "plan_cache",
 ]

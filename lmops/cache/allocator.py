@@ -183,6 +183,30 @@ class BlockAllocator:
         seq.n_tokens += n_tokens
         return Appended(new, copies)
 
+    def append_all(self, seqs: Sequence[PagedSequence], n_tokens: Sequence[int]) -> list[Appended]:
+        """`append` of n_tokens[i] to each seqs[i], or, if there are not enough blocks for all, of nothing.
+
+        OutOfBlocksError then; ValueError for a sequence given twice.
+        """
+        if len(n_tokens) != len(seqs):
+            raise ValueError(f"n_tokens must have a number for each of {len(seqs)} sequences, got {len(n_tokens)}")
+        if len(set(seqs)) < len(seqs):
+            raise ValueError("seqs must be different sequences, got one of them twice")
+        n_new = 0
+        refs: dict[int, int] = {}
+        for seq, n in zip(seqs, n_tokens, strict=True):
+            self._check(seq)
+            _check_count("n_tokens", n)
+            n_new += self._blocks_for(seq.n_tokens + n) - len(seq.blocks)
+            if n and seq.n_tokens % self.block_size:
+                last = seq.blocks[-1]
+                users = refs.get(last, self._refs[last])
+                n_new += users > 1
+                refs[last] = users - (users > 1)
+        if n_new > self.n_available:
+            raise OutOfBlocksError(n_new, self.n_available, self.n_blocks)
+        return [self.append(seq, n) for seq, n in zip(seqs, n_tokens, strict=True)]
+
     def fork(self, seq: PagedSequence) -> PagedSequence:
         """A second sequence with the same tokens. It shares all blocks, until one of the two appends."""
         self._check(seq)

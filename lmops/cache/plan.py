@@ -44,27 +44,36 @@ def plan_cache(
     n_layers: int,
     n_kv_heads: int,
     head_dim: int,
+    value_dim: int | None = None,
     block_size: int = 16,
     bytes_per_element: float = 2,
     scale_bytes: int = 0,
 ) -> CachePlan:
     """How many blocks fit into `budget` bytes.
 
+    value_dim: elements of a value, head_dim by default.
     bytes_per_element: 2 for float16 and bfloat16, 1 for int8 and fp8, 0.5 for int4.
     scale_bytes: bytes of scales for the key of a token and head; as many again for its value. 0 without quantization.
-    The keys of a token and head must take whole bytes. TypeError and ValueError for what is not possible.
+    Keys and values of a token and head must take whole bytes. TypeError and ValueError for what is not possible.
     """
-    counts = {"n_layers": n_layers, "n_kv_heads": n_kv_heads, "head_dim": head_dim, "block_size": block_size}
+    value_dim = head_dim if value_dim is None else value_dim
+    counts = {
+        "n_layers": n_layers, "n_kv_heads": n_kv_heads, "head_dim": head_dim, "value_dim": value_dim,
+        "block_size": block_size,
+    }  # fmt: skip
     least = {**dict.fromkeys(counts, 1), "budget": 0, "scale_bytes": 0}
     for name, value in {**counts, "budget": budget, "scale_bytes": scale_bytes}.items():
         if not isinstance(value, int):
             raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
         if value < least[name]:
             raise ValueError(f"{name} must be at least {least[name]}, got {value}")
-    head_bytes = head_dim * bytes_per_element
-    if head_bytes <= 0 or head_bytes != int(head_bytes):
-        raise ValueError(f"bytes_per_element must make whole bytes of head_dim = {head_dim}, got {bytes_per_element}")
-    block_bytes = 2 * n_layers * n_kv_heads * block_size * (int(head_bytes) + scale_bytes)
+    head_bytes = 0
+    for name, dim in (("head_dim", head_dim), ("value_dim", value_dim)):
+        n_bytes = dim * bytes_per_element
+        if n_bytes <= 0 or n_bytes != int(n_bytes):
+            raise ValueError(f"bytes_per_element must make whole bytes of {name} = {dim}, got {bytes_per_element}")
+        head_bytes += int(n_bytes) + scale_bytes
+    block_bytes = n_layers * n_kv_heads * block_size * head_bytes
     return CachePlan(budget // block_bytes, block_size, block_bytes, budget)
 
 
