@@ -1,17 +1,22 @@
 """transformers models with attention from lmops against "eager": logits, gradients, padding, caches, generate."""
 
 import copy
+import json
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 
+from test_quantized_checkpoints import awq_tensors, gptq_tensors, groups_of, numbers, weight_of  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 import lmops  # noqa: E402
 import lmops.integrations.transformers as integration  # noqa: E402
+from lmops.integrations.transformers import LmopsConfig  # noqa: E402
+from lmops.models.checkpoint import CheckpointError  # noqa: E402
+from lmops.quantization import QuantLinear, quantize_model  # noqa: E402
 from lmops.testing import assert_accurate, implementation  # noqa: E402
 
 LLAMA = {
@@ -412,3 +417,134 @@ def test_losses():
             )
     shifted = integration.causal_lm_loss(logits, None, 97, shift_labels=labels)
     assert shifted.item() == pytest.approx(ForMaskedLMLoss(logits, labels, 97).item(), rel=1e-6)
+
+
+def test_learned_queries_are_given_once_for_the_batch():
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(4, 2, 5, 8)
+    out, _ = integration.attention_forward(torch.nn.Module(), q, k, k, None, is_causal=False)
+    again, _ = integration.attention_forward(torch.nn.Module(), q.repeat(4, 1, 1, 1), k, k, None, is_causal=False)
+    assert torch.equal(out, again)
+
+
+# ---- quantized models -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 8}, {"method": "gptq"}, {"symmetric": True}], ids=str)
+def test_quantized_as_it_is_loaded_saved_and_loaded(tmp_path, settings):
+    model, tokens = build("Llama", attention_bias=True), torch.randint(3, 97, (2, 12))
+    model.save_pretrained(tmp_path / "float")
+    calibration = [tokens] if settings.get("method") == "gptq" else None
+    config = LmopsConfig(**settings, group_size=16, calibration=calibration)
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=config, attn_implementation="lmops"
+    )
+    linear = [name for name, module in quantized.named_modules() if isinstance(module, QuantLinear)]
+    assert len(linear) == 2 * 7
+    expected = copy.deepcopy(model)
+    quantize_model(expected, group_size=16, calibration=calibration, progress=False, **settings)
+    with torch.no_grad():
+        logits = quantized(tokens).logits
+        assert torch.equal(logits, expected(tokens).logits)
+    quantized.save_pretrained(tmp_path / "quantized")
+    saved = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]
+    assert saved == {"quant_method": "lmops", "bits": settings.get("bits", 4), "group_size": 16, "skip": ["lm_head"],
+                     "method": settings.get("method", "rtn"), "symmetric": "symmetric" in settings}  # fmt: skip
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "quantized", attn_implementation="lmops", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not any(p.is_meta for p in again.parameters())
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, logits)
+    with pytest.raises(ValueError, match="quantized already"):
+        lmops.optimize(again, linear="int4")
+    exact = again(tokens).logits  # with gradients: without, layers on a CPU may round weights to float16
+    floats = again.dequantize()
+    assert not any(isinstance(module, QuantLinear) for module in floats.modules())
+    baseline, truth = floats(tokens).logits, floats.double()(tokens).logits
+    assert_accurate(exact, truth, baseline)
+
+
+def foreign_checkpoint(folder, method, **changes):
+    """A Llama whose linear layers are GPTQ's or AWQ's; the float model that it stands for."""
+    model = build("Llama")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    tensors = {name: t.half() for name, t in model.state_dict().items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            n_out, n_in = layer.weight.shape
+            codes, zeros, scales = numbers(n_out, n_in, n_in // 16, 4)
+            g_idx = groups_of(n_in, 16, shuffled=changes.get("desc_act", False))
+            scales = scales / 8
+            layer.weight.data = weight_of(codes, zeros, scales, g_idx).float()
+            parts = awq_tensors(codes, zeros, scales) if method == "awq" else gptq_tensors(
+                codes, zeros, scales, 4, 1, g_idx
+            )  # fmt: skip
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{part}": t for part, t in parts.items()}
+    from safetensors.torch import save_file
+
+    model.config.dtype = torch.float16
+    model.config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "gptq": {"bits": 4, "group_size": 16, "sym": False, "desc_act": False, "quant_method": "gptq"},
+        "awq": {"bits": 4, "group_size": 16, "zero_point": True, "version": "gemm", "quant_method": "awq"},
+    }[method] | changes
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return model
+
+
+@pytest.mark.parametrize(("method", "changes"), [("gptq", {}), ("gptq", {"desc_act": True}), ("awq", {})], ids=str)
+def test_gptq_and_awq_checkpoints_without_their_packages(tmp_path, method, changes):
+    expected, tokens = foreign_checkpoint(tmp_path, method, **changes), torch.randint(3, 97, (2, 12))
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="lmops", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 14
+    logits = model(tokens).logits  # with gradients, see above
+    baseline, truth = expected(tokens).logits, expected.double()(tokens).logits
+    assert_accurate(logits, truth, baseline)
+    model.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="lmops")
+    assert torch.equal(again(tokens).logits, logits)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"group_size": 32}, "group_size 32 in quantization_config need"),
+    ({"bits": 8}, "8 bits with group_size 16"),
+    ({"sym": "yes"}, "quantization_config.sym = 'yes' is not supported"),
+], ids=str)  # fmt: skip
+def test_a_config_that_disagrees_with_its_tensors(tmp_path, changes, message):
+    foreign_checkpoint(tmp_path, "gptq")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_of_other_sizes(tmp_path):
+    foreign_checkpoint(tmp_path, "gptq")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(CheckpointError, match=r"mlp.*the checkpoint's weight is \(.*the model's layer \("):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"layers.1.*in the model there is none"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), [
+    ({"bits": 3}, ValueError, "bits must be 4 or 8, got 3"),
+    ({"method": "best"}, ValueError, "method must be one of rtn, gptq, awq, got 'best'"),
+    ({"group": 3}, TypeError, "no argument 'group'"),
+], ids=str)  # fmt: skip
+def test_bad_quantizer_settings(settings, error, message):
+    with pytest.raises(error, match=message):
+        LmopsConfig(**settings)

@@ -1,7 +1,7 @@
-"""transformers: importing this registers attention and masks under the name "lmops".
+"""transformers: importing this registers attention, masks and a quantizer under the name "lmops".
 
-    import lmops.integrations.transformers
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="lmops")
+    from lmops.integrations.transformers import LmopsConfig
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="lmops", quantization_config=LmopsConfig(4))
 
 `lmops.optimize(model)` does the same to a model that is there already, and more. Tested with transformers 5.23.
 """
@@ -17,19 +17,22 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lmops.ops.attention import attention
-from lmops.ops.loss import cross_entropy
-
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import prepare_padding_mask, sdpa_mask
+
+    from lmops.integrations.quantizer import LmopsConfig, LmopsQuantizer
 except ImportError as error:
     raise ImportError(
-        f"transformers {transformers.__version__} lacks the registries that lmops uses (AttentionInterface and "
-        f"AttentionMaskInterface, from 5.0 on): {error}"
+        f"transformers {transformers.__version__} lacks a registry that lmops uses (attention functions, their masks, "
+        f"quantizers; tested with 5.23): {error}"
     ) from error
 
+from lmops.ops.attention import attention
+from lmops.ops.loss import cross_entropy
+
 NAME = "lmops"
+__all__ = ["NAME", "LmopsConfig", "LmopsQuantizer", "attention_forward", "attention_mask"]
 
 
 # -------------------------------------------------------------------------------------------------------- attention
@@ -70,7 +73,7 @@ def attention_forward(
     if attention_mask is None and is_causal:
         left, right = None if sliding_window is None else sliding_window - 1, 0
     if position_bias is not None:
-        bias = position_bias[..., : key.shape[2]]
+        bias = position_bias
         if attention_mask is not None:
             boolean = attention_mask.dtype == torch.bool
             bias = bias.masked_fill(~attention_mask, float("-inf")) if boolean else bias + attention_mask
