@@ -7,9 +7,9 @@ extras = {
     "cli": ["typer>=0.12", "rich>=13"],
     "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8", "rich>=13"],
     "hf": ["transformers>=5.0", "kernels>=0.10"],
-    "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6"],
+    "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6", "peft>=0.13"],
 }
-# the tests cover the command line, the checkpoint formats and equality with transformers
+# the tests cover the command line, the checkpoint formats, equality with transformers, adapters of PEFT
 extras["test"] += extras["models"] + extras["cli"] + extras["hf"]
 extras["dev"] = [*extras["test"], *extras["bench"], "ruff", "mypy"]
 
