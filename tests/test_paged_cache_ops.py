@@ -11,6 +11,7 @@ from lmops.ops.paged_cache import (
     copy_blocks_forward,
     store_kv,
     store_kv_forward,
+    store_tile,
     swap_blocks,
 )
 from lmops.reference.paged_cache import dequantize_rows, quantize_rows, rotate, store_rows
@@ -455,3 +456,57 @@ def test_what_pages_say():
     assert (pages.n_blocks, pages.block_size, pages.n_kv_heads, pages.head_dim, pages.value_dim) == (5, 4, 2, 16, 10)
     assert pages.format == "int4"
     assert {f: new_pages(1, 1, 1, 2, format=f).format for f in FORMATS} == {f: f for f in FORMATS}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rope_dim", [0, 128])
+def test_bytes_of_a_store(launches, format, rope_dim):
+    """Counted in the compiled code: keys and values are loaded once and stored once, 16 bytes at a time."""
+    n_tokens, heads, dim = 16, 8, 128
+    k, v = torch.randn(2, n_tokens, heads, dim).half()
+    how = {}
+    if rope_dim:
+        cos, sin = rope(n_tokens, rope_dim)
+        how = {"cos": cos, "sin": sin, "positions": torch.arange(n_tokens)}
+    store_kv(k, v, new_pages(2, 16, heads, dim, format=format), torch.randperm(32)[:n_tokens], **how)
+    (launch,) = launches
+    bits, scales = {"native": (16, 0), "int8": (8, 2), "fp8": (8, 2), "int4": (4, 4)}[format]
+    stored = 2 * n_tokens * heads * (dim * bits // 8 + scales)
+    # of each token besides: its slot, its position and the angles, in sectors of 32 bytes
+    beside = 32 + (32 + 2 * dim // 2 * 4 if rope_dim else 0)
+    assert launch.c["l2_load_sectors_unique_per_cta"] * 32 == k.nbytes + v.nbytes + n_tokens * beside
+    assert launch.c["global_st_bytes"] == stored
+    if not rope_dim:
+        # a request of a warp moves 512 bytes; one loads the slot, and a row has its scales
+        warps = launch.c["global_ld_requests"] - (k.nbytes + v.nbytes) // 512
+        assert warps <= 4 * n_tokens
+        codes = 2 * n_tokens * heads * dim * bits // 8 // 512
+        assert codes <= launch.c["global_st_requests"] <= codes + 2 * 2 * n_tokens * (scales > 0)
+    assert launch.spills == 0
+    assert launch.c["bank_conflicts"] <= 64
+
+
+def test_bytes_of_a_copy(launches):
+    pages = new_pages(8, 16, 8, 128)
+    copy_blocks(pages, [(0, 1, 16), (2, 3, 5), (4, 5, 0)])
+    (launch,) = launches
+    moved = 2 * (16 + 5) * 8 * 128 * 2
+    assert launch.c["global_st_bytes"] == moved
+    assert launch.c["unique_bytes_read"] == moved + 3 * 3 * 8
+    assert launch.c["global_st_requests"] <= moved // 512 + 2 * 2 * 8
+    assert launch.c["global_st_sectors"] * 32 == moved
+
+
+@pytest.mark.parametrize("n_heads", [1, 3, 8, 128])
+@pytest.mark.parametrize(
+    ("width", "part", "bits"), [(64, 64, 16), (128, 64, 8), (80, 16, 4), (256, 256, 32), (576, 64, 16)]
+)
+def test_tile(n_heads, width, part, bits):
+    tile = store_tile(n_heads, width, part, bits)
+    padded = 1 << (width - 1).bit_length()
+    assert tile.rows * padded <= max(1_024, padded)
+    assert tile.rows < 2 * n_heads
+    assert tile.rows == 1 or tile.rows * padded == 1_024 or tile.rows >= n_heads
+    assert tile.threads in (32, 64, 128, 256)
+    # no thread stores less than 16 bytes of the narrowest part, if there are 32 that could
+    assert tile.threads == 32 or tile.rows * (1 << (part - 1).bit_length()) * bits // 8 >= 16 * tile.threads

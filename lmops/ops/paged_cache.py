@@ -166,45 +166,54 @@ def _store_cpu(
     k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
     slot_mapping: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, interleaved: bool,
 ) -> None:  # fmt: skip
-    slots, n_slots = slot_mapping.tolist(), k_pages.shape[0] * k_pages.shape[1]
+    slots = slot_mapping.tolist()
     if not slots:
         return
-    first, end = slots[0], slots[0] + len(slots)
-    in_a_row = first >= 0 and end <= n_slots and slots == list(range(first, end))
-    kept = slot_mapping
-    if not in_a_row:
-        used = [slot for slot in slots if slot != -1]
+    n_blocks, block_size = k_pages.shape[:2]
+    first: int | None = slots[0]
+    end, n_slots = slots[0] + len(slots), n_blocks * block_size
+    if slots[0] < 0 or end > n_slots or slots != list(range(slots[0], end)):
+        first = None  # not one after another
+        used = [slot for slot in slots if slot != -1] if -1 in slots else slots
         if used and not 0 <= min(used) <= max(used) < n_slots:
             raise ValueError(f"slot_mapping must be -1 to {n_slots - 1}, got {min(used)} to {max(used)}")
         if len(set(used)) < len(used):
             twice = next(slot for slot, n in Counter(used).items() if n > 1)
             raise ValueError(f"slot_mapping must have each slot once, got {twice} more than once")
-        if len(used) < len(slots):
+        if used is not slots:
             tokens = (slot_mapping != -1).nonzero()[:, 0]
-            k, v, kept = k[tokens], v[tokens], slot_mapping[tokens]
+            k, v, slot_mapping = k[tokens], v[tokens], slot_mapping[tokens]
             positions = positions if positions is None else positions[tokens]
     if cos is not None and sin is not None and positions is not None:
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(cos):
             got = f"{int(positions.min())} to {int(positions.max())}"
             raise ValueError(f"positions must be 0 to {len(cos) - 1}, the rows of cos, got {got}")
         k = rotate(k, cos[positions], sin[positions], interleaved)
-    for x, pages, scale in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
-        if scale is None:
-            _put(pages, x, first if in_a_row else None, kept)
-        else:
-            codes, scales = quantize_rows(x, FORMATS[pages.dtype], scale.dtype)
-            _put(pages.view(torch.uint8), codes.view(torch.uint8), first if in_a_row else None, kept)
-            _put(scale, scales, first if in_a_row else None, kept)
+    if k_scale is None or v_scale is None:
+        _put(k_pages, k, first, slot_mapping)
+        _put(v_pages, v, first, slot_mapping)
+        return
+    format, rows = FORMATS[k_pages.dtype], [k, v]
+    # both at once where they are alike: half the operations
+    rows = [torch.stack(rows)] if k.shape == v.shape and k.dtype == v.dtype else rows
+    quantized = [quantize_rows(x, format, k_scale.dtype) for x in rows]
+    codes, scales = (x[0].unbind(0) if len(rows) == 1 else x for x in zip(*quantized, strict=True))
+    for pages, new in ((k_pages, codes[0]), (v_pages, codes[1]), (k_scale, scales[0]), (v_scale, scales[1])):
+        fp8 = pages.dtype == torch.float8_e4m3fn
+        _put(pages.view(torch.uint8) if fp8 else pages, new.view(torch.uint8) if fp8 else new, first, slot_mapping)
 
 
 def _put(pages: Tensor, rows: Tensor, first: int | None, slots: Tensor) -> None:
     """Rows to slots; to those from `first` on if that is a number."""
-    if pages.stride(0) != pages.shape[1] * pages.stride(1):
-        pages[slots // pages.shape[1], slots % pages.shape[1]] = rows.to(pages.dtype)
+    size = pages.shape[1]
+    if first is not None and first % size + len(rows) <= size:
+        pages[first // size, first % size : first % size + len(rows)] = rows
+    elif pages.stride(0) != size * pages.stride(1):
+        pages[slots // size, slots % size] = rows.to(pages.dtype)
     elif first is None:
         pages.flatten(0, 1).index_copy_(0, slots, rows.to(pages.dtype))
     else:
-        pages.flatten(0, 1)[first : first + len(rows)].copy_(rows)
+        pages.flatten(0, 1)[first : first + len(rows)] = rows
 
 
 def _no_result(*arguments: Any) -> None:
