@@ -18,6 +18,7 @@ def quantized(linear="int4"):
         num_key_value_heads=2,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
+    model.lm_head.weight.data *= 20  # as drawn, its logits would hardly differ from 0
     lmops.optimize(model, linear=linear, group_size=16)
     return model
 
@@ -28,7 +29,7 @@ def with_adapters(model):
 
 
 def train(model, tokens, steps=20):
-    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-1)
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-2)
     losses = []
     for _ in range(steps):
         loss = model(input_ids=tokens, labels=tokens).loss
@@ -84,5 +85,5 @@ def test_merging_into_quantized_weights_is_refused():
         if isinstance(getattr(module, "base_layer", None), QuantLinear):
             module.base_layer = module.base_layer.dequantize()
     merged = model.merge_and_unload()
-    assert torch.allclose(merged(tokens).logits, logits, atol=1e-4)
+    assert (merged(tokens).logits - logits).abs().max() < 1e-5 * logits.abs().max()
     assert not any("lora" in name for name, _ in merged.named_parameters())

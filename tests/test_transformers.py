@@ -548,3 +548,79 @@ def test_a_checkpoint_of_other_sizes(tmp_path):
 def test_bad_quantizer_settings(settings, error, message):
     with pytest.raises(error, match=message):
         LmopsConfig(**settings)
+
+
+# ---- what torch does with whole models ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+def test_compiled_whole(family):
+    """torch.compile(fullgraph=True), forward and backward, with the operators inside."""
+    model = build(family, attn_implementation="sdpa")
+    tokens = torch.randint(3, 97, (2, 12))
+    exact = copy.deepcopy(model).double()
+    expected = exact(tokens, labels=tokens)
+    expected.loss.backward()
+    baseline = copy.deepcopy(model)
+    baseline(tokens, labels=tokens).loss.backward()
+    lmops.optimize(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with implementation("torch") as calls:
+        out = compiled(tokens, labels=tokens)
+        out.loss.backward()
+    assert calls.count >= 2 * 2 + 1
+    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    assert_accurate(grads(model), grads(exact), grads(baseline))
+
+
+def grads(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_exported():
+    model = build("Llama").requires_grad_(False)
+    lmops.optimize(model, norm=False, linear="int8", group_size=16)
+    tokens = torch.randint(3, 97, (2, 12))
+    program = torch.export.export(model, (), {"input_ids": tokens, "use_cache": False}, strict=False)
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"lmops.attention_forward.default", "lmops.quantized_matmul_forward.default"} <= names
+    loaded = program.module()(input_ids=tokens, use_cache=False).logits
+    model.model.embed_tokens.requires_grad_()  # without gradients layers on a CPU may round weights to float16
+    assert torch.allclose(loaded, model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """In autocast's type where it would be without lmops: as close to the truth, and trainable."""
+    model = build("Llama", attn_implementation="sdpa")
+    tokens = torch.randint(3, 97, (2, 12))
+    truth = copy.deepcopy(model).double()(tokens).logits
+    with torch.autocast("cpu", dtype):
+        baseline = model(tokens).logits
+        lmops.optimize(model)
+        actual = model(tokens, labels=tokens)
+    assert actual.logits.dtype == dtype
+    assert actual.loss.dtype == torch.float32
+    assert_accurate(actual.logits, truth, baseline)
+    actual.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    model = build("Llama", attention_dropout=0.3).train()
+    lmops.optimize(model, norm=False)
+    tokens = torch.randint(3, 97, (2, 12))
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        torch.manual_seed(7)
+        with implementation("torch") as calls:
+            loss = model(tokens, labels=tokens).loss
+            loss.backward()
+        found.append((calls.count, loss.item(), grads(model)))
+    assert found[1][0] == found[0][0] + 2  # attention of two layers runs again in the backward
+    assert found[0][1] == found[1][1]
+    assert torch.allclose(found[0][2], found[1][2], atol=1e-6)
