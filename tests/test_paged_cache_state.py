@@ -31,6 +31,7 @@ class CacheAndDictionary(RuleBasedStateMachine):
         self.spoil(slice(None))
         self.tokens = {}
         self.saved = []
+        self.registered = []  # (tokens, salt), which may or may not be cached still
         self.numbers = {}
 
     # ---- the model
@@ -127,9 +128,17 @@ class CacheAndDictionary(RuleBasedStateMachine):
 
     # ---- what may happen
 
-    @rule(bits=st.integers(0, 2**14 - 1), salt=st.sampled_from([None, None, "tenant"]))
+    @rule(bits=st.integers(0, 2**10 - 1), salt=st.sampled_from([None, "tenant"]))
     def new(self, bits, salt):
-        prompt = [int(bit) for bit in f"{bits:b}"]
+        self.begin_with([int(bit) for bit in f"{bits:b}"], salt)
+
+    @precondition(lambda self: self.registered)
+    @rule(i=st.integers(0, 30), token=st.integers(0, 1))
+    def new_after_what_was_registered(self, i, token):
+        tokens, salt = self.registered[-1 - i % len(self.registered)]
+        self.begin_with([*tokens, token], salt)
+
+    def begin_with(self, prompt, salt):
         seq = self.cache.new_sequence(prompt, salt)
         assert seq.n_tokens < len(prompt)
         self.tokens[seq] = prompt[: seq.n_tokens]
@@ -146,7 +155,9 @@ class CacheAndDictionary(RuleBasedStateMachine):
     @rule(i=st.integers(0, 30), behind=st.integers(0, 6))
     def register(self, i, behind):
         seq = self.pick(i)
-        self.cache.register(seq, self.tokens[seq][: max(0, seq.n_tokens - behind)])
+        tokens = self.tokens[seq][: max(0, seq.n_tokens - behind)]
+        self.cache.register(seq, tokens)
+        self.registered.append((tokens, seq.salt))
 
     @precondition(lambda self: self.tokens)
     @rule(i=st.integers(0, 30))
