@@ -77,9 +77,13 @@ def decode(tile, dtype, FORMAT: tl.constexpr):
     if FORMAT == "int8":
         return tile.to(dtype)
     elif FORMAT == "fp8":
-        # e4m3 is a float16 with fewer bits and an exponent less by 8
+        # e4m3 is a float16 with fewer bits and an exponent less by 8, and a bfloat16 with one less by 120
         bits = tile.to(tl.uint16)
-        return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(dtype)
+        sign = (bits & 0x80) << 8
+        if dtype == tl.bfloat16:
+            return (sign | ((bits & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * tl.full((), 2.0**112, tl.bfloat16)
+        else:
+            return (sign | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(dtype)
     elif FORMAT == "int4":
         pairs = tl.join(tile & 15, tile >> 4)  # (N, bytes, 2)
         return pairs.reshape(tile.shape[0], 2 * tile.shape[1]).to(dtype)

@@ -138,9 +138,9 @@ def paged_tile(dim: int, element_size: int, rows: int, target: str) -> Tile:
 
 # (rows, keys, warps, stages) by head_dim up to, for up to 16 rows and for more
 TILES = {
-    (64, "few"): (16, 128, 4, 3),
+    (64, "few"): (16, 64, 2, 3),
     (64, "many"): (64, 64, 4, 3),
-    (128, "few"): (16, 64, 4, 3),
+    (128, "few"): (16, 64, 2, 3),
     (128, "many"): (64, 64, 4, 2),
     (256, "few"): (16, 32, 4, 3),
     (256, "many"): (64, 32, 8, 2),
@@ -203,8 +203,10 @@ def _triton(
     n_seqs, width = block_table.shape
     n_blocks, block_size, kv_heads = k.shape[:3]
     value_dim, group = out.shape[2], n_heads // kv_heads
-    dim = max(block_dim(head_dim), block_dim(value_dim))
     format = FORMATS.get(k.dtype, "native")
+    # of int4 keys Triton (3.6 to 3.9) gets a tile of 8 bytes a row wrong
+    block_d, block_e = (max(32 if format == "int4" else 16, block_dim(d)) for d in (head_dim, value_dim))
+    dim = max(block_d, block_e)
     if format == "fp8":  # its bytes: not all targets of Triton have the type
         k, v = k.view(torch.uint8), v.view(torch.uint8)
     target = target_name()
@@ -230,7 +232,7 @@ def _triton(
             LEFTPAD=leftpad is not None, LEFT=left is not None, RIGHT=right is not None and not prefix,
             ALIBI=slopes is not None, SOFTCAP=softcap != 0, SINKS=sinks is not None and not in_parts, SCALED=scaled,
             PARTS=in_parts, PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_dim(head_dim), BLOCK_E=block_dim(value_dim),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, BLOCK_E=block_e,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
