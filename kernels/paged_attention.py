@@ -81,7 +81,7 @@ def decode(tile, dtype, FORMAT: tl.constexpr):
         bits = tile.to(tl.uint16)
         sign = (bits & 0x80) << 8
         if dtype == tl.bfloat16:
-            return (sign | ((bits & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * tl.full((), 2.0**112, tl.bfloat16)
+            return (sign | ((bits & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * 2.0**112
         else:
             return (sign | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(dtype)
     elif FORMAT == "int4":
@@ -131,7 +131,8 @@ def paged_attention_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ONE: tl.constexpr, RAGGED: tl.constexpr, PREFIX: tl.constexpr, SUFFIX: tl.constexpr,
     LEFTPAD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    SINKS: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr, ORDERED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(scores) v and lse = log sum exp(scores) for BLOCK_M rows, or of a part of the keys (PARTS).
@@ -140,6 +141,7 @@ def paged_attention_kernel(
     equally many, but not fewer than `least`; o is its own softmax's, and lse in base 2.
     PREFIX: all queries see the `shared` first keys of sequence 0, and no others; SUFFIX: the keys before `shared` are
     left out. RAGGED: cu_q says where queries begin; else each sequence has q_len. LEFTPAD: (S,) slots before its keys.
+    ORDERED: a row adds up its keys in the same order whatever other rows the tile has.
     """
     tile, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if RAGGED:
@@ -176,6 +178,8 @@ def paged_attention_kernel(
         begin = tl.minimum(tl.maximum(begin, shared // BLOCK_N * BLOCK_N), end)
         full_begin = tl.maximum(full_begin, tl.minimum(tl.cdiv(shared, BLOCK_N) * BLOCK_N, end))
         full_end = tl.maximum(full_end, full_begin)
+    if ORDERED and LEFT:  # the edges come last: without full tiles all come in the order of the keys
+        full_begin, full_end = begin, begin
     if PARTS:
         tiles_of_part = tl.maximum(tl.cdiv(tl.cdiv(end - begin, BLOCK_N), tl.num_programs(2)), least)
         begin += part * tiles_of_part * BLOCK_N
@@ -211,34 +215,34 @@ def paged_attention_kernel(
     l = tl.zeros((BLOCK_M,), tl.float32)
     floor = tl.zeros((BLOCK_M,), tl.float32)  # what the minima of "int4" values add to every element of o
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    # in the order of the keys, so that a row adds up the same whatever the tile that it is in: the tiles before those
-    # that all rows see, those, and the tiles behind them
-    for PHASE in tl.static_range(0 if LEFT or SUFFIX else 1, 3):
+    for EDGE in tl.static_range(2):
+        # the edges are one loop: the tiles before the full ones, then those after them
+        skip = full_end - full_begin
         for start in tl.range(
-            begin if PHASE == 0 else full_begin if PHASE == 1 else full_end,
-            full_begin if PHASE == 0 else full_end if PHASE == 1 else end,
-            BLOCK_N, num_stages=None if PHASE == 1 else 1,
-        ):  # fmt: skip
+            begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N, num_stages=1 if EDGE else None
+        ):
+            if EDGE:
+                start -= tl.where(start < full_end, skip, 0)
             at = start + cols
             in_cols = (at >= first_key) & (at < context)
-            block, slot = find_page(table_ptr, start, cols, context, n_blocks, block_size, ONE, BLOCK_SIZE, PHASE != 1)
+            block, slot = find_page(table_ptr, start, cols, context, n_blocks, block_size, ONE, BLOCK_SIZE, EDGE)
             k = load_page(k_ptr + (page_offset(block, slot, k_strides, ONE) + k_offsets), in_cols, HEAD_DIM // SHARE,
-                          BLOCK_D // SHARE, PHASE != 1, k_cols)  # fmt: skip
+                          BLOCK_D // SHARE, EDGE, k_cols)  # fmt: skip
             k_scale, k_min = load_scale(
-                k_scale_ptr, block, slot, cols, k_scale_strides, in_cols, FORMAT, ONE, PHASE != 1
+                k_scale_ptr, block, slot, cols, k_scale_strides, in_cols, FORMAT, ONE, EDGE
             )
             x = tl.dot(q, decode(k, q.dtype, FORMAT).T, input_precision=PRECISION)  # (M, N)
             v = load_page(v_ptr + (page_offset(block, slot, v_strides, ONE) + v_offsets), in_cols, VALUE_DIM // SHARE,
-                          BLOCK_E // SHARE, PHASE != 1, v_cols)  # fmt: skip
+                          BLOCK_E // SHARE, EDGE, v_cols)  # fmt: skip
             v_scale, v_min = load_scale(
-                v_scale_ptr, block, slot, cols, v_scale_strides, in_cols, FORMAT, ONE, PHASE != 1
+                v_scale_ptr, block, slot, cols, v_scale_strides, in_cols, FORMAT, ONE, EDGE
             )
             v = decode(v, q.dtype, FORMAT)
             if FORMAT != "native":
                 x *= k_scale[None, :]
             if FORMAT == "int4":
                 x += q_sum * k_min[None, :]
-            if PHASE != 1:
+            if EDGE:
                 if FORMAT == "native":
                     v, spoiled = without_nonfinite(v)
                 else:
@@ -246,8 +250,8 @@ def paged_attention_kernel(
                     v_scale = tl.where(spoiled == 0.0, v_scale, 0.0)
                 x += spoiled[None, :]
             x, _ = scores(x, queries[:, None], at[None, :], 0.0, slope, scale, softcap, low[:, None], high[:, None],
-                          SCALED, SOFTCAP, ALIBI, "", PHASE == 0, PHASE != 1)  # fmt: skip
-            p, m, l, alpha = online_softmax_step(x, m, l, factor, True, PHASE != 1)
+                          SCALED, SOFTCAP, ALIBI, "", EDGE and (LEFT or SUFFIX), EDGE)  # fmt: skip
+            p, m, l, alpha = online_softmax_step(x, m, l, factor, True, EDGE)
             if FORMAT == "int4":
                 floor = floor * alpha + tl.sum(p * v_min[None, :], 1)
             if FORMAT != "native":

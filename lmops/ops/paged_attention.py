@@ -123,46 +123,60 @@ def _check_values(
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
-def paged_tile(dim: int, element_size: int, rows: int, target: str) -> Tile:
+def paged_tile(dim: int, element_size: int, rows: int, target: str, plain: bool = True) -> Tile:
     """The tile of paged attention on `target` ("sm_80", "sm_90", "sm_100", "gfx942").
 
     dim: the longer head_dim, as a power of 2; element_size: of queries; rows: of a sequence, its queries times the
-    query heads of a key head. From `python -m benchmarks.compile_report`: the largest tile that does not spill.
+    query heads of a key head; plain: pages hold numbers, and the scores are the products. From
+    `python -m benchmarks.compile_report`: the largest tile that does not spill. With few rows two warps are enough to
+    load what memory gives, and wait less for each other than four.
     """
     bucket = next(most for most in (64, 128, 256, 512) if dim <= most)
-    size = "many" if rows > 16 else "few"
+    size = "few" if rows <= 16 else "many" if plain else "many, not plain"
     if element_size == 4:
-        return Tile(*WIDE_TILES[bucket, size])
-    return Tile(*(GFX_TILES if target.startswith("gfx") else TILES)[bucket, size])
+        return Tile(*WIDE_TILES[bucket, size.partition(",")[0]])
+    tiles = GFX_TILES if target.startswith("gfx") else TILES
+    key = (bucket, size) if (bucket, size) in tiles else (bucket, "many")
+    if target in ("sm_90", "sm_100") and key in WGMMA_TILES:
+        return Tile(*WGMMA_TILES[key])
+    return Tile(*tiles[key])
 
 
-# (rows, keys, warps, stages) by head_dim up to, for up to 16 rows and for more
+# (rows, keys, warps, stages) by head_dim up to, and whether rows are at most 16
 TILES = {
-    (64, "few"): (16, 64, 2, 3),
-    (64, "many"): (64, 64, 4, 3),
-    (128, "few"): (16, 64, 2, 3),
+    (64, "few"): (16, 32, 2, 3),
+    (64, "many"): (64, 64, 4, 2),
+    (64, "many, not plain"): (64, 32, 4, 2),
+    (128, "few"): (16, 32, 2, 3),
     (128, "many"): (64, 64, 4, 2),
-    (256, "few"): (16, 32, 4, 3),
+    (128, "many, not plain"): (64, 32, 4, 2),
+    (256, "few"): (16, 16, 4, 3),
     (256, "many"): (64, 32, 8, 2),
     (512, "few"): (16, 32, 8, 2),
-    (512, "many"): (32, 32, 8, 2),
+    (512, "many"): (16, 32, 8, 2),
+}
+WGMMA_TILES = {
+    (64, "many"): (128, 64, 8, 2),
+    (128, "many"): (128, 64, 8, 2),
 }
 GFX_TILES = {
     (64, "few"): (16, 64, 4, 1),
     (64, "many"): (64, 32, 4, 1),
+    (64, "many, not plain"): (64, 16, 4, 1),
     (128, "few"): (16, 32, 4, 1),
     (128, "many"): (64, 32, 4, 1),
+    (128, "many, not plain"): (64, 16, 4, 1),
     (256, "few"): (16, 16, 4, 1),
     (256, "many"): (64, 16, 4, 1),
     (512, "few"): (16, 16, 8, 1),
-    (512, "many"): (32, 16, 8, 1),
+    (512, "many"): (16, 16, 8, 1),
 }
 # float32: products without tensor cores keep whole rows of both operands in registers
 WIDE_TILES = {
     (64, "few"): (16, 32, 4, 2),
     (64, "many"): (32, 32, 4, 1),
     (128, "few"): (16, 32, 4, 1),
-    (128, "many"): (32, 16, 8, 1),
+    (128, "many"): (16, 16, 8, 1),
     (256, "few"): (16, 16, 8, 1),
     (256, "many"): (16, 16, 8, 1),
     (512, "few"): (16, 16, 8, 1),
@@ -177,9 +191,9 @@ def n_parts(programs: int, capacity: int, row_bytes: int, n_cores: int) -> int:
     """In how many parts the keys of a sequence are split: a value of shapes alone, so that a captured graph fits all.
 
     programs: without a split; capacity: keys that the block table has room for; row_bytes: of the results of one part.
-    Two programs a core keep memory busy; and as lengths are unknown, one long sequence must not be one program's.
+    Four programs a core keep memory busy; and as lengths are unknown, one long sequence must not be one program's.
     """
-    wanted = max(-(-2 * n_cores // max(1, programs)), -(-capacity // MOST_KEYS))
+    wanted = max(-(-4 * n_cores // max(1, programs)), -(-capacity // MOST_KEYS))
     return max(1, min(wanted, capacity // LEAST_KEYS, PART_BYTES // max(1, row_bytes), 64))
 
 
@@ -231,13 +245,15 @@ def _triton(
             ONE=one, RAGGED=cu_q is not None and not prefix, PREFIX=prefix, SUFFIX=shared > 0 and not prefix,
             LEFTPAD=leftpad is not None, LEFT=left is not None, RIGHT=right is not None and not prefix,
             ALIBI=slopes is not None, SOFTCAP=softcap != 0, SINKS=sinks is not None and not in_parts, SCALED=scaled,
-            PARTS=in_parts, PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            PARTS=in_parts, ORDERED=batch_invariant,
+            PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, BLOCK_E=block_e,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
     # whether few or many rows share a tile must not depend on the batch where results may not
-    tile = paged_tile(dim, query.element_size(), group if batch_invariant else max_q * group, target)
+    plain = format == "native" and not scaled and left is None
+    tile = paged_tile(dim, query.element_size(), group if batch_invariant else max_q * group, target, plain)
     if cu_q is None:
         row_tiles = n_seqs * -(-max_q * group // tile.block_m)
     else:
@@ -249,7 +265,7 @@ def _triton(
         return out, lse
     prefix_parts = 0
     if shared:
-        prefix_tile = paged_tile(dim, query.element_size(), n_tokens * group, target)
+        prefix_tile = paged_tile(dim, query.element_size(), n_tokens * group, target, plain)
         prefix_tiles = -(-n_tokens * group // prefix_tile.block_m)
         prefix_parts = n_parts(prefix_tiles * kv_heads, shared, row_bytes, cores)
     part_o = query.new_empty(n_tokens, n_heads, prefix_parts + parts, value_dim, dtype=torch.float32)
@@ -325,11 +341,11 @@ def paged_attention(
         )
     if query.ndim == 4:
         query = query.flatten(0, 1)
-    out, lse = _paged_attention(
-        query, pages, block_table, context_lens, cu_seqlens_q,
-        max_seqlen_q if cu_seqlens_q is not None else 1 if len(shape) == 3 else shape[1],
-        None, scale, causal, check_window(window, "window"), softcap, alibi_slopes, sinks, shared_prefix,
-        batch_invariant,
+    out, lse = paged_attention_of_tokens(
+        query, pages, block_table, context_lens, cu_q=cu_seqlens_q,
+        max_q=max_seqlen_q if cu_seqlens_q is not None else 1 if len(shape) == 3 else shape[1],
+        scale=scale, causal=causal, window=check_window(window, "window"), softcap=softcap, slopes=alibi_slopes,
+        sinks=sinks, shared=shared_prefix, batch_invariant=batch_invariant,
     )  # fmt: skip
     if cu_seqlens_q is None:
         lse = lse.t() if len(shape) == 3 else lse.unflatten(1, shape[:2]).transpose(0, 1)
@@ -337,12 +353,29 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def _paged_attention(
-    query: Tensor, pages: KVPages, block_table: Tensor, context_lens: Tensor, cu_q: Tensor | None, max_q: int | None,
-    leftpad: Tensor | None, scale: float | None, causal: bool, window: tuple[int | None, int | None],
-    softcap: float | None, slopes: Tensor | None, sinks: Tensor | None, shared: int, batch_invariant: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Of query (T, H, D): (T, H, Dv) and (H, T). Checks what can be checked without reading a tensor."""
+def paged_attention_of_tokens(
+    query: Tensor,
+    pages: KVPages,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    cu_q: Tensor | None = None,
+    max_q: int | None = None,
+    leftpad: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    window: tuple[int | None, int | None] = (None, None),
+    softcap: float | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    shared: int = 0,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`paged_attention` of query (T, H, D): output (T, H, Dv) and LSE (H, T). Without cu_q each sequence has max_q.
+
+    leftpad: (S,) int32, how many slots at the start of a sequence hold nothing; context_lens counts them. The table
+    must have one block a sequence then.
+    """
     n_tokens, n_heads, head_dim = query.shape
     if query.dtype not in FLOATS:
         raise TypeError(f"query must be float16, bfloat16 or float32, got {query.dtype}")
