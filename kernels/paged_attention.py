@@ -81,7 +81,8 @@ def decode(tile, dtype, FORMAT: tl.constexpr):
         bits = tile.to(tl.uint16)
         sign = (bits & 0x80) << 8
         if dtype == tl.bfloat16:
-            return (sign | ((bits & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * 2.0**112
+            scale = tl.full((), 0x7780, tl.uint16).to(tl.bfloat16, bitcast=True)  # 2^112
+            return (sign | ((bits & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * scale
         else:
             return (sign | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(dtype)
     elif FORMAT == "int4":
