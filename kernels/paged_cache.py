@@ -48,8 +48,9 @@ def load_rotated(
     """The parts of rows of keys in float32, rotated by the angles of a position; NaN if there are none."""
     c = tl.arange(0, padded(HALF))[None, :]
     there = (position >= 0) & (position < n_positions)
-    cos = tl.load(cos_ptr + position * HALF + c, mask=there & (c < HALF), other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + position * HALF + c, mask=there & (c < HALF), other=0.0).to(tl.float32)
+    inside = c < tl.where(there, HALF, 0)
+    cos = tl.load(cos_ptr + position * HALF + c, mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + position * HALF + c, mask=inside, other=0.0).to(tl.float32)
     cos = tl.where(there, cos, float("nan"))
     if INTERLEAVED:
         x = load_part(ptr, offset, column_stride, in_rows, 0, 2 * HALF).to(tl.float32)
