@@ -12,7 +12,7 @@ from test_quantized_checkpoints import awq_tensors, gptq_tensors, groups_of, num
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
-import lmops  # noqa: E402
+import lmops.cache  # noqa: E402
 import lmops.integrations.transformers as integration  # noqa: E402
 from lmops.integrations.transformers import LmopsConfig  # noqa: E402
 from lmops.models.checkpoint import CheckpointError  # noqa: E402
@@ -624,3 +624,128 @@ def test_activation_checkpointing(reentrant):
     assert found[1][0] == found[0][0] + 2  # attention of two layers runs again in the backward
     assert found[0][1] == found[1][1]
     assert torch.allclose(found[0][2], found[1][2], atol=1e-6)
+
+
+# ---- the paged cache ------------------------------------------------------------------------------------------------
+
+PAGED = ["GPT2", "Llama", "Mistral", "Qwen3", "Gemma2", "Gemma3", "GptOss"]
+
+
+@pytest.mark.parametrize("family", PAGED)
+def test_paged_cache_generates_the_same(family, monkeypatch):
+    """Without padding and with, over block ends, reading the pages in place; and with other attention, copied."""
+    model, tokens = build(family), torch.randint(3, 97, (2, 8))
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    options = {"max_new_tokens": 7, "do_sample": False}
+    for inputs in ({"input_ids": tokens}, {"input_ids": tokens, "attention_mask": mask}):
+        model.set_attn_implementation("eager")
+        expected = model.generate(**inputs, **options)
+        cache = integration.PagedCache(model, n_tokens=40, block_size=4)
+        assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)  # dense copies
+        model.set_attn_implementation("lmops")
+        cache = integration.PagedCache(model, n_tokens=40, block_size=4)
+        assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
+        cache = integration.PagedCache(model, n_tokens=40, block_size=4, attention_mask=inputs.get("attention_mask"))
+        with monkeypatch.context() as patched:
+            patched.setattr(integration.PagedStates, "dense", None)
+            assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
+        assert cache.get_seq_length() == 14
+        assert [seq.n_tokens for seq in cache.sequences] == [14 - 3 * ("attention_mask" in inputs), 14]
+        cache.paged.check_integrity()
+        cache.reset()
+        assert cache.paged.allocator.n_free == 10
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 3}], ids=str)
+def test_paged_cache_with_beams_and_samples(how):
+    """Beams fork: they share the blocks of their past."""
+    model, tokens = build("Llama"), torch.randint(3, 97, (2, 9))
+    options = {"max_new_tokens": 6, "do_sample": "num_beams" not in how, **how}
+    torch.manual_seed(1)
+    expected = model.generate(tokens, **options)
+    torch.manual_seed(1)
+    cache = integration.PagedCache(model, n_tokens=120, block_size=4)
+    assert torch.equal(model.generate(tokens, **options, past_key_values=cache), expected)
+    cache.paged.check_integrity()
+
+
+def test_paged_cache_under_another_mask():
+    """What pages alone cannot say is left to the mask: keys hidden in the middle, beside padding that is known."""
+    model, tokens = build("Mistral"), torch.randint(3, 97, (2, 12))
+    mask = padding("left")
+    cache = integration.PagedCache(model, n_tokens=40, block_size=4, attention_mask=mask)
+    mask[1, 4:6] = 0
+    with torch.no_grad():
+        found = model(tokens, attention_mask=mask, past_key_values=cache).logits[mask.bool()]
+        expected = model(tokens, attention_mask=mask).logits[mask.bool()]
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_paged_cache_in_pieces_and_cropped():
+    model, tokens = build("Mistral"), torch.randint(3, 97, (2, 13))
+    with torch.no_grad():
+        whole = model(tokens).logits
+        cache = integration.PagedCache(model, n_tokens=40, block_size=4)
+        parts = [model(part, past_key_values=cache).logits for part in tokens.split((5, 1, 7), 1)]
+        assert torch.allclose(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+        cache.crop(-9)
+        again = model(tokens[:, 4:], past_key_values=cache).logits
+        assert torch.allclose(again, whole[:, 4:], rtol=1e-4, atol=1e-5)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        assert cache.get_seq_length() == 13
+        next_ = model(tokens[[1, 0], :1], past_key_values=cache).logits
+        expected = model(torch.cat([tokens, tokens[:, :1]], 1)[[1, 0]]).logits[:, -1:]
+        assert torch.allclose(next_, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pages", ["int8", "int4", "fp8"])
+def test_quantized_pages(pages):
+    model, tokens = build("Llama"), torch.randint(3, 97, (2, 12))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        cache = integration.PagedCache(model, n_tokens=40, block_size=4, pages=pages)
+        found = torch.cat([model(part, past_key_values=cache).logits for part in tokens.split((11, 1), 1)], 1)
+    error = (found - expected).norm() / expected.norm()
+    assert 0 < error < {"int8": 0.01, "fp8": 0.1, "int4": 0.2}[pages]
+
+
+def test_paged_cache_refuses():
+    model, tokens = build("Llama"), torch.randint(3, 97, (2, 12))
+    cache = integration.PagedCache(model, n_tokens=16, block_size=4)
+    with torch.no_grad():
+        with pytest.raises(lmops.cache.OutOfBlocksError):
+            model(tokens, past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        assert cache.paged.allocator.n_free == 4
+        model(tokens[:, :8], past_key_values=cache)
+        with pytest.raises(ValueError, match="the cache has 2 sequences, the batch 1"):
+            model(tokens[:1], past_key_values=cache)
+        with pytest.raises(ValueError, match="must be negative"):
+            cache.crop(3)
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        model(tokens[:, :4], past_key_values=integration.PagedCache(model, n_tokens=16))
+    for mask, message in ((padding("right"), "with padding elsewhere"), (torch.ones(3), r"got shape \(3,\)$")):
+        with pytest.raises(ValueError, match=message):
+            integration.PagedCache(model, n_tokens=16, attention_mask=mask)
+    cache = integration.PagedCache(model, n_tokens=64, attention_mask=padding("left"))
+    with torch.no_grad(), pytest.raises(ValueError, match="attention_mask has 2 rows, the batch 3"):
+        model(torch.randint(3, 97, (3, 12)), past_key_values=cache)
+    t5 = build("T5", "ForConditionalGeneration", **ENCODER_DECODER, **T5)
+    with pytest.raises(ValueError, match="model must be a decoder"):
+        integration.PagedCache(t5, n_tokens=16)
+
+
+def test_kernels_under_a_paged_cache(path):
+    """Pages written and read by kernels, padded on the left, in a window."""
+    model = build("Gemma2").to(path.device)
+    tokens, mask = torch.randint(3, 97, (2, 8), device=path.device), torch.ones(2, 9, device=path.device)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        cache = integration.PagedCache(model, n_tokens=32, block_size=4, attention_mask=mask[:, :8])
+        model(tokens, attention_mask=mask[:, :8], past_key_values=cache)
+        found = model(tokens[:, :1], attention_mask=mask, past_key_values=cache).logits
+        both = torch.cat([tokens, tokens[:, :1]], 1)
+        expected = model(both, attention_mask=mask).logits[:, -1:]
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -17,22 +17,25 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lmops.ops.attention import attention
+from lmops.ops.loss import cross_entropy
+
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
+    from lmops.integrations.paged import PagedCache, PagedStates
     from lmops.integrations.quantizer import LmopsConfig, LmopsQuantizer
 except ImportError as error:
+    if not (error.name or "").startswith("transformers"):
+        raise
     raise ImportError(
-        f"transformers {transformers.__version__} lacks a registry that lmops uses (attention functions, their masks, "
-        f"quantizers; tested with 5.23): {error}"
+        f"transformers {transformers.__version__} lacks a hook that lmops uses (registries of attention functions, "
+        f"masks and quantizers, layers of caches; tested with 5.23): {error}"
     ) from error
 
-from lmops.ops.attention import attention
-from lmops.ops.loss import cross_entropy
-
 NAME = "lmops"
-__all__ = ["NAME", "LmopsConfig", "LmopsQuantizer", "attention_forward", "attention_mask"]
+__all__ = ["NAME", "LmopsConfig", "LmopsQuantizer", "PagedCache", "attention_forward", "attention_mask"]
 
 
 # -------------------------------------------------------------------------------------------------------- attention
@@ -70,8 +73,17 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True)
     left = right = None
     bias = attention_mask
-    if attention_mask is None and is_causal:
+    if is_causal:
         left, right = None if sliding_window is None else sliding_window - 1, 0
+    if (
+        isinstance(key, PagedStates)
+        and position_bias is None
+        and not dropout
+        and (attention_mask is None or (is_causal and key.step.says_the_same(attention_mask, left)))
+    ):
+        return key.attend(query, scaling, bool(is_causal), left, softcap, s_aux), None
+    if attention_mask is not None:
+        left = right = None
     if position_bias is not None:
         bias = position_bias
         if attention_mask is not None:
