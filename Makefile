@@ -56,6 +56,9 @@ gpu: $(VENV)/.dev $(VENV)/.model  ## on a machine with a GPU: the tests there, t
 	$(BIN)/python -m benchmarks sampling --device cuda --csv bench-sampling.csv
 	$(BIN)/python -m benchmarks loss --device cuda --csv bench-loss.csv
 	$(BIN)/python -m benchmarks quantized_matmul --device cuda --csv bench-quantized-matmul.csv
+	$(BIN)/python -m benchmarks norm --device cuda --csv bench-norm.csv
+	$(BIN)/python -m benchmarks rope --device cuda --csv bench-rope.csv
+	$(BIN)/python -m benchmarks activation --device cuda --csv bench-activation.csv
 	$(BIN)/python -m benchmarks.bench_generate --model "$(MODEL)"
 
 clean:

@@ -4,6 +4,7 @@ from lmops.cache import PagedKVCache
 from lmops.engine import generate
 from lmops.integrations.optimize import optimize, restore
 from lmops.models import GPT, GPTConfig, load
+from lmops.ops.activation import geglu, swiglu
 from lmops.ops.attention import scaled_dot_product_attention
 from lmops.ops.int8_matmul import int8_matmul
 from lmops.ops.loss import cross_entropy, kl_div, linear_cross_entropy, linear_kl_div
@@ -11,6 +12,7 @@ from lmops.ops.norm import layer_norm, rms_norm
 from lmops.ops.paged_cache import KVPages, store_kv
 from lmops.ops.quantized_embedding import quantized_embedding
 from lmops.ops.quantized_matmul import quantized_matmul
+from lmops.ops.rope import rope
 from lmops.ops.sampling import filter_logits, sample, verify_draft
 from lmops.ops.softmax import log_softmax, softmax
 
@@ -23,6 +25,7 @@ __all__ = [
     "__version__",
     "cross_entropy",
     "filter_logits",
+    "geglu",
     "generate",
     "int8_matmul",
     "kl_div",
@@ -36,9 +39,11 @@ __all__ = [
     "quantized_matmul",
     "restore",
     "rms_norm",
+    "rope",
     "sample",
     "scaled_dot_product_attention",
     "softmax",
+    "swiglu",
     "store_kv",
     "verify_draft",
 ]
