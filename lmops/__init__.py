@@ -43,7 +43,7 @@ __all__ = [
     "sample",
     "scaled_dot_product_attention",
     "softmax",
-    "swiglu",
     "store_kv",
+    "swiglu",
     "verify_draft",
 ]

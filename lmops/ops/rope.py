@@ -102,45 +102,54 @@ def _rope_inplace_fake(
 def _rope_cpu(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    q_out, k_out = _rope_fake(q, k, cos, sin, positions, interleaved, inverse)
-    cos, sin = _tables(cos, sin, positions)
-    for x, y in ((q, q_out), (k, k_out)):
-        if x is not None:
-            (a, b, rest), (y_a, y_b, y_rest) = (_parts(t, cos.shape[-1], interleaved) for t in (x, y))
-            torch.mul(a, cos, out=y_a).addcmul_(b, sin, value=1 if inverse else -1)
-            torch.mul(b, cos, out=y_b).addcmul_(a, sin, value=-1 if inverse else 1)
-            y_rest.copy_(rest)
-    return q_out, k_out
+    c, s = _tables(cos, sin, positions, interleaved, inverse)
+
+    def rotate(x: Tensor) -> Tensor:
+        part = x[..., : c.shape[-1]]
+        y = torch.addcmul(part * c, _partners(part, interleaved), s)
+        out = torch.empty_like(x)
+        if part.shape == x.shape and y.dtype == x.dtype and y.stride() == out.stride():
+            return y
+        out[..., : c.shape[-1]] = y
+        out[..., c.shape[-1] :] = x[..., c.shape[-1] :]
+        return out
+
+    return rotate(q), q.new_empty(0) if k is None else rotate(k)
 
 
 def _rope_inplace_cpu(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> None:
-    cos, sin = _tables(cos, sin, positions)
+    c, s = _tables(cos, sin, positions, interleaved, inverse)
     for x in (q, k):
         if x is not None:
-            a, b, _ = _parts(x, cos.shape[-1], interleaved)
-            before = a.clone()
-            a.mul_(cos).addcmul_(b, sin, value=1 if inverse else -1)
-            b.mul_(cos).addcmul_(before, sin, value=-1 if inverse else 1)
+            part = x[..., : c.shape[-1]]
+            part.copy_(torch.addcmul(part * c, _partners(part, interleaved), s))
 
 
-def _tables(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """cos and sin of the tokens, (*tokens, 1, half). Raises ValueError for a position that they do not have."""
+def _tables(
+    cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """What each dimension of a pair and its partner are multiplied by, (*tokens, 1, 2 r).
+
+    Raises ValueError for a position outside the tables.
+    """
     if positions is not None:
         if positions.numel() and (positions.min() < 0 or positions.max() >= cos.shape[0]):
             bad = positions[(positions < 0) | (positions >= cos.shape[0])][0].item()
             raise ValueError(f"positions must be from 0 to {cos.shape[0] - 1}, the rows of cos, got {bad}")
         cos, sin = cos[positions], sin[positions]
-    return cos.unsqueeze(-2), sin.unsqueeze(-2)
-
-
-def _parts(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of the first and of the second numbers of the pairs, and of what is not rotated."""
-    rest = x[..., 2 * half :]
+    signed = (sin, -sin) if inverse else (-sin, sin)
     if interleaved:
-        return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2], rest
-    return x[..., :half], x[..., half : 2 * half], rest
+        c, s = (torch.stack(t, -1).flatten(-2) for t in ((cos, cos), signed))
+    else:
+        c, s = torch.cat((cos, cos), -1), torch.cat(signed, -1)
+    return c.unsqueeze(-2), s.unsqueeze(-2)
+
+
+def _partners(x: Tensor, interleaved: bool) -> Tensor:
+    """x with the two numbers of every pair exchanged."""
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else x.roll(x.shape[-1] // 2, -1)
 
 
 _ARGUMENTS = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse"
