@@ -25,21 +25,23 @@ def quantize_rows(x: Tensor, format: str, scale_dtype: torch.dtype) -> tuple[Ten
 
     Computed in float32. Scales are (...) of scale_dtype, for int4 (..., 2): scale and minimum.
     """
-    x = x.float()
-    good = x.isfinite().all(-1, keepdim=True)
-    x = x.masked_fill(~good, 0)
+    x, nan = x.float(), float("nan")
     bound = torch.finfo(scale_dtype).max
     if format == "int4":
         low, high = x.aminmax(dim=-1, keepdim=True)
+        good = (low > -torch.inf) & (high < torch.inf)  # not for NaN
+        x, low, high = x.where(good, 0), low.where(good, 0), high.where(good, 0)
         scales = torch.cat([(high * 0.5 - low * 0.5) / 7.5, low], -1)  # the difference itself may be infinite
     else:
-        scales = x.abs().amax(-1, keepdim=True) / (448.0 if format == "fp8" else 127.0)
+        largest = x.abs().amax(-1, keepdim=True)
+        good = largest < torch.inf
+        x, scales = x.where(good, 0), largest.where(good, 0) / (448.0 if format == "fp8" else 127.0)
     scales = scales.clamp(-bound, bound).to(scale_dtype)
-    step = scales[..., :1].float()
-    step = step.masked_fill(step == 0, 1)
-    stored = scales.masked_fill(~good, float("nan"))
+    stored, scales = scales.where(good, nan), scales.float()
+    step = scales[..., :1]
+    step = step.where(step != 0, 1)
     if format == "int4":
-        q = ((x - scales[..., 1:].float()) / step).round().clamp(0, 15).to(torch.uint8)
+        q = ((x - scales[..., 1:]) / step).round().clamp(0, 15).to(torch.uint8)
         return q[..., ::2] | q[..., 1::2] << 4, stored
     if format == "fp8":
         return (x / step).clamp(-448, 448).to(torch.float8_e4m3fn), stored.squeeze(-1)
