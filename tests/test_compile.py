@@ -48,7 +48,7 @@ SOME = (
     "rope-bf16-64",
     "gated-swiglu-bf16-packed-3072",
     "paged-cache-store-bf16-rope",
-    "paged-cache-store-int4",
+    "paged-cache-store-int4-rope",
     "paged-cache-copy-bf16",
 )
 

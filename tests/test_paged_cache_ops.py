@@ -351,6 +351,18 @@ def test_swap_blocks(format):
     assert all(map(torch.equal, bits(there), after))
 
 
+@pytest.mark.parametrize("format", ["native", "int8"])
+def test_pages_keep_no_graph(path, format):
+    pages = new_pages(5, 4, 2, 16, format=format, device=path.device, dtype=FP32)
+    k = torch.randn(3, 2, 16, device=path.device, requires_grad=True)
+    cos, sin = (t.to(path.device).requires_grad_() for t in rope(3, 16))
+    for slots in ([0, 1, 2], [4, 9, 3]):
+        slots = torch.tensor(slots, device=path.device)
+        store_kv(k * 1, k * 2, pages, slots)
+        store_kv(k.detach(), k.detach(), pages, slots, cos=cos, sin=sin, positions=slots % 3)
+    assert not any(t.requires_grad for t in tensors(pages))
+
+
 @pytest.mark.fake_tensors
 @pytest.mark.parametrize("format", ["native", "int4"])
 def test_opcheck_and_compile(path, format):

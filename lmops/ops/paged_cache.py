@@ -269,10 +269,12 @@ def store_kv(
         )
     _check_tokens("slot_mapping", slot_mapping, k)
     if cos is not None or sin is not None or positions is not None:
-        _check_rope(cos, sin, positions, interleaved, k, pages)
+        cos, sin = _check_rope(cos, sin, positions, interleaved, k, pages)
     if v.device != k.device or pages.k.device != k.device:
         name, got = ("v", v.device) if v.device != k.device else ("pages", pages.k.device)
         raise ValueError(f"{name} must be on {k.device} like k, got {got}")
+    if k.requires_grad or v.requires_grad:  # pages must not keep a graph
+        k, v = k.detach(), v.detach()
     store_kv_forward(
         k, v, pages.k, pages.v, pages.k_scale, pages.v_scale, slot_mapping, cos, sin, positions, interleaved
     )
@@ -289,7 +291,8 @@ def _check_tokens(name: str, numbers: Tensor, k: Tensor) -> None:
 
 def _check_rope(
     cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, interleaved: bool, k: Tensor, pages: KVPages
-) -> None:
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, without a gradient."""
     if cos is None or sin is None or positions is None:
         given = [name for name, t in (("cos", cos), ("sin", sin), ("positions", positions)) if t is not None]
         raise ValueError(f"cos, sin and positions must be given together, got {' and '.join(given)}")
@@ -306,6 +309,7 @@ def _check_rope(
     if pages.format == "int4" and not interleaved and cos.shape[1] % 2:
         raise ValueError(f"rope_dim must be a multiple of 4 for int4 pages, got cos of shape {tuple(cos.shape)}")
     _check_tokens("positions", positions, k)
+    return cos.detach(), sin.detach()
 
 
 def _copy_triton(k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, copies: Tensor) -> None:
