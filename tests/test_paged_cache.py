@@ -255,7 +255,8 @@ def test_configurations():
     assert PagedKVCache.for_memory(100_000, ours).window == 7
     assert PagedKVCache.for_memory(100_000, ours, window=5).window == 5
     theirs = SimpleNamespace(num_hidden_layers=3, num_key_value_heads=2, hidden_size=32, num_attention_heads=4)
-    for config in (theirs, SimpleNamespace(**vars(theirs), head_dim=None)):
+    composed = SimpleNamespace(get_text_config=lambda: theirs)
+    for config in (theirs, SimpleNamespace(**vars(theirs), head_dim=None), composed):
         pages = PagedKVCache.for_memory(100_000, config).layers
         assert (len(pages), pages[0].n_kv_heads, pages[0].head_dim) == (3, 2, 8)
     del theirs.num_key_value_heads

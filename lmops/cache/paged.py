@@ -140,6 +140,8 @@ class PagedKVCache:
             unless one is given; or is one of transformers' configurations.
         The others are those of PagedKVCache. ValueError if not one block fits, or for a config without these sizes.
         """
+        # of a model of text and images, the part that has this cache
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
         n_layers = _first_of(config, "n_layers", "num_hidden_layers")
         n_kv_heads = _first_of(config, "n_kv_heads", "num_key_value_heads", "num_attention_heads")
         head_dim = getattr(config, "head_dim", None)
