@@ -71,28 +71,30 @@ def test_nanogpt_in_one_line():
     model, other = NanoGPT(), NanoGPT()
     baseline, loss = model(TOKENS, TOKENS)
     truth, _ = copy.deepcopy(model).double()(TOKENS)
-    report = lmops.optimize(model, norm=False, verify=TOKENS)
+    report = lmops.optimize(model, verify=TOKENS)
     assert items(report) == {
         "": "cross_entropy in its forward",
         **{f"h.{i}.attn": "scaled_dot_product_attention in its forward" for i in range(2)},
+        **{f"h.{i}.ln_{j}": "layer_norm" for i in range(2) for j in (1, 2)},
     }
     with implementation("torch") as calls:
         logits, ours = model(TOKENS, TOKENS)
         ours.backward()
-    assert calls.count == 6  # forward and backward of two attentions; the loss, and a look at its gradient
+    # forward and backward of two attentions and four norms; the loss, and a look at its gradient
+    assert calls.count == 2 * 2 + 2 * 4 + 2
     assert_accurate(logits, truth, baseline)
     assert ours.item() == pytest.approx(loss.item(), rel=1e-6)
     with implementation("torch") as calls:
         other(TOKENS, TOKENS)
     assert calls.count == 0  # another instance of the class
-    assert lmops.restore(model) == ["", "h.0.attn", "h.1.attn"]
+    assert set(lmops.restore(model)) == set(items(report))
     with implementation("torch") as calls:
         assert torch.equal(model(TOKENS)[0], baseline)
     assert calls.count == 0
 
 
 def test_the_report_is_a_table():
-    report = lmops.optimize(NanoGPT(), norm=False, linear="int4", group_size=32, verify=TOKENS)
+    report = lmops.optimize(NanoGPT(), linear="int4", group_size=32, verify=TOKENS)
     text = str(report)
     assert "h.*.attn (2)" in text
     assert "int4 weight" in text
@@ -111,10 +113,11 @@ class Zoo(nn.Module):
         super().__init__()
         self.softmax, self.log_softmax, self.loss = nn.Softmax(-1), nn.LogSoftmax(1), nn.CrossEntropyLoss()
         self.mha = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.rms_norm = nn.RMSNorm(16)
         self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
 
     def forward(self, x):
-        y = self.mha(x, x, x, need_weights=False)[0] + self.layer(x)
+        y = self.mha(x, x, x, need_weights=False)[0] + self.layer(self.rms_norm(x))
         return self.softmax(y) + self.log_softmax(y), self.loss(y.flatten(0, 1), y.flatten(0, 1).argmax(-1))
 
 
@@ -122,13 +125,15 @@ def test_modules_of_torch():
     model, x = Zoo(), torch.randn(2, 5, 16)
     truth = copy.deepcopy(model).double()(x.double())
     baseline = model(x)
-    report = lmops.optimize(model, norm=False)
-    assert set(items(report)) == {"softmax", "log_softmax", "loss", "mha", "layer.self_attn"}
+    report = lmops.optimize(model)
+    assert set(items(report)) == {
+        "softmax", "log_softmax", "loss", "mha", "layer.self_attn", "layer.norm1", "layer.norm2", "rms_norm",
+    }  # fmt: skip
     for mode in (model.train, model.eval):
         mode()
         with implementation("torch") as calls, torch.no_grad():
             ours = model(x)
-        assert calls.count == 5
+        assert calls.count == 8
         for a, b, t in zip(ours, baseline, truth, strict=True):
             assert_accurate(a, t, b)
     assert type(model.softmax) is nn.Softmax
@@ -180,6 +185,31 @@ def test_a_multihead_attention_that_cannot_be_replaced_is_reported():
     assert "unchanged: add_bias_kv" in str(report)
 
 
+class Norms(nn.Module):
+    """nanoGPT's own LayerNorm, an RMSNorm by function, and several dimensions, which stay torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(8)), None
+        self.planes = nn.LayerNorm((5, 8))
+
+    def forward(self, x):
+        y = F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5) + F.rms_norm(x, (8,), self.weight)
+        return y + F.layer_norm(x, (5, 8)) + self.planes(x)
+
+
+def test_norms():
+    model, x = Norms(), torch.randn(2, 5, 8)
+    baseline, truth = model(x), copy.deepcopy(model).double()(x.double())
+    report = lmops.optimize(model)
+    assert items(report) == {"": "layer_norm, rms_norm in its forward"}
+    assert [(item.name, item.what) for item in report.kept] == [("planes", "normalizes over several dimensions")]
+    with implementation("torch") as calls:
+        actual = model(x)
+    assert calls.count == 2
+    assert_accurate(actual, truth, baseline)
+
+
 class Manual(nn.Module):
     """Functions in helpers, as methods of tensors, in other types than a kernel takes, and an attribute of the name."""
 
@@ -207,11 +237,13 @@ def test_functions_that_a_forward_calls():
 
 def test_skip():
     model = NanoGPT()
-    report = lmops.optimize(model, norm=False, linear="int8", group_size=16, skip=["h.0", "lm_head", "*.mlp.0"])
-    assert set(items(report)) == {"", "h.1.attn", "h.1.attn.c_attn", "h.1.attn.c_proj", "h.1.mlp.2"}
+    report = lmops.optimize(model, linear="int8", group_size=16, skip=["h.0", "lm_head", "*.mlp.0"])
+    assert set(items(report)) == {
+        "", "h.1.ln_1", "h.1.ln_2", "h.1.attn", "h.1.attn.c_attn", "h.1.attn.c_proj", "h.1.mlp.2",
+    }  # fmt: skip
     with implementation("torch") as calls:
         model(TOKENS)
-    assert calls.count == 1 + 3  # one attention, three linear layers
+    assert calls.count == 1 + 2 + 3  # one attention, two norms, three linear layers
 
 
 def test_a_skipped_function_is_not_reached_from_outside():
@@ -321,11 +353,11 @@ def test_copies_and_pickles():
         model.wte.weight.zero_()
     with implementation("torch") as calls:
         assert not torch.equal(twin(TOKENS)[0], model(TOKENS)[0])
-    assert calls.count == 4
+    assert calls.count == 2 * 6
     lmops.restore(twin)
     with implementation("torch") as calls:
         twin(TOKENS), model(TOKENS)
-    assert calls.count == 2
+    assert calls.count == 6
     loaded = pickle.loads(pickle.dumps(model))
     assert torch.allclose(loaded(TOKENS)[0], model(TOKENS)[0])
     buffer = io.BytesIO()

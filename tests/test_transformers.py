@@ -304,13 +304,14 @@ def test_optimize_changes_one_instance():
     tokens = torch.randint(3, 97, (2, 12))
     labels = tokens.masked_fill(padding("left") == 0, -100)
     expected = first(tokens, labels=labels)
-    report = lmops.optimize(first, norm=False, verify={"input_ids": tokens})
-    assert [(item.name, item.what) for item in report.replaced] == [
+    report = lmops.optimize(first, verify={"input_ids": tokens})
+    assert [(item.name, item.what) for item in report.replaced if item.what != "rms_norm"] == [
         ("model.layers.0.self_attn", "attention"), ("model.layers.1.self_attn", "attention"), ("", "cross_entropy"),
     ]  # fmt: skip
+    assert sum(item.what == "rms_norm" for item in report.replaced) == 5
     with implementation("torch") as calls:
         out = first(tokens, labels=labels)
-    assert calls.count == 3
+    assert calls.count == 3 + 5
     assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     with implementation("torch") as calls:
         second(tokens, labels=labels)
@@ -321,6 +322,24 @@ def test_optimize_changes_one_instance():
     with implementation("torch") as calls:
         assert torch.equal(first(tokens, labels=labels).logits, expected.logits)
     assert calls.count == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "n_norms"), [("Qwen3", 9), ("Gemma2", 9), ("Gemma3", 13), ("GptOss", 5), ("T5", 12)]
+)
+def test_norms_are_found_out(family, n_norms):
+    """Of weights, or of 1 + weight; of queries and keys; with T5's name for eps."""
+    settings = {**ENCODER_DECODER, **T5} if family == "T5" else {}
+    model = build(family, "ForConditionalGeneration" if family == "T5" else "ForCausalLM", **settings)
+    model.set_attn_implementation("eager")
+    tokens = torch.randint(3, 97, (2, 12))
+    inputs = {"input_ids": tokens, "decoder_input_ids": tokens} if family == "T5" else {"input_ids": tokens}
+    report = lmops.optimize(model, attention=False, loss=False, verify=inputs)
+    assert [item.what for item in report.replaced] == ["rms_norm"] * n_norms
+    assert not report.kept
+    assert {type(m).__name__ for m in model.modules() if "forward" in m.__dict__} <= {
+        "Qwen3RMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "GptOssRMSNorm", "T5LayerNorm",
+    }  # fmt: skip
 
 
 def test_optimize_a_model_inside_another_module():
@@ -334,7 +353,7 @@ def test_optimize_a_model_inside_another_module():
             return self.head(self.encoder(tokens).last_hidden_state[:, 0])
 
     model, tokens = Classifier(), torch.randint(3, 97, (2, 12))
-    report = lmops.optimize(model, norm=False, linear="int8", group_size=16, skip=["pooler", "head"], verify=tokens)
+    report = lmops.optimize(model, linear="int8", group_size=16, skip=["pooler", "head"], verify=tokens)
     names = [item.name for item in report.replaced if item.what == "attention"]
     assert names == [f"encoder.encoder.layer.{i}.attention.self" for i in range(2)]
     assert sum(item.what == "int8 weight" for item in report.replaced) == 12
@@ -579,7 +598,7 @@ def grads(model):
 
 def test_exported():
     model = build("Llama").requires_grad_(False)
-    lmops.optimize(model, norm=False, linear="int8", group_size=16)
+    lmops.optimize(model, linear="int8", group_size=16)
     tokens = torch.randint(3, 97, (2, 12))
     program = torch.export.export(model, (), {"input_ids": tokens, "use_cache": False}, strict=False)
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
@@ -609,7 +628,7 @@ def test_autocast(dtype):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant):
     model = build("Llama", attention_dropout=0.3).train()
-    lmops.optimize(model, norm=False)
+    lmops.optimize(model)
     tokens = torch.randint(3, 97, (2, 12))
     found = []
     for checkpointing in (False, True):
@@ -621,7 +640,7 @@ def test_activation_checkpointing(reentrant):
             loss = model(tokens, labels=tokens).loss
             loss.backward()
         found.append((calls.count, loss.item(), grads(model)))
-    assert found[1][0] == found[0][0] + 2  # attention of two layers runs again in the backward
+    assert found[1][0] == found[0][0] + 2 * 3  # attention and two norms of a layer run again in the backward
     assert found[0][1] == found[1][1]
     assert torch.allclose(found[0][2], found[1][2], atol=1e-6)
 

@@ -23,6 +23,7 @@ from lmops.ops._register import OPERATORS
 from lmops.ops.attention import attention as attend
 from lmops.ops.attention import scaled_dot_product_attention
 from lmops.ops.loss import cross_entropy
+from lmops.ops.norm import layer_norm, rms_norm
 from lmops.ops.softmax import FLOATS, log_softmax
 from lmops.ops.softmax import softmax as softmax_
 from lmops.quantization.linear import QuantLinear
@@ -37,6 +38,7 @@ EDITS = "_lmops_edits"  # the attribute of a model that has what to undo
 # what the operators of each kind are called
 ATTENTION = ("attention_forward", "attention_backward")
 SOFTMAX = ("softmax_forward", "softmax_backward")
+NORM = ("norm", "norm_forward", "norm_backward")
 LOSS = ("cross_entropy_forward", "cross_entropy_backward")
 
 
@@ -138,7 +140,8 @@ class _Work:
 
     def __init__(self, model: nn.Module, skip: Sequence[str]) -> None:
         self.model, self.skip = model, skip
-        self.report = Report(bytes_before=_bytes(model))
+        size = _bytes(model)
+        self.report = Report(bytes_before=size, bytes_after=size)
         self.edits: list[Edit] = []
         self.children = [(module, dict(module._modules)) for module in model.modules()]
         self.claimed: set[int] = set()  # modules that have been decided on
@@ -197,7 +200,8 @@ def optimize(
         torch.nn.MultiheadAttention where weights are not asked for; and torch's scaled_dot_product_attention in the
         forward of other modules.
     softmax: torch.nn.Softmax and LogSoftmax, and the functions in the forward of other modules.
-    norm: torch.nn.LayerNorm and RMSNorm, and the RMSNorms of transformers.
+    norm: torch.nn.LayerNorm and RMSNorm, the RMSNorms of transformers where a trial gives the same result, and the
+        functions in the forward of other modules.
     loss: torch.nn.CrossEntropyLoss, the losses of transformers' causal and masked language models, and cross_entropy in
         the forward of other modules.
     linear: "int4" or "int8" weights, with a scale and a zero point for every group_size columns; "fp8", with a scale a
@@ -229,7 +233,8 @@ def optimize(
     truth = None if verify is None else _truth(model, verify)
     work = _Work(model, skip)
     try:
-        kinds = {kind for kind, wanted in (("attention", attention), ("softmax", softmax), ("loss", loss)) if wanted}
+        wanted = {"attention": attention, "softmax": softmax, "norm": norm, "loss": loss}
+        kinds = {kind for kind, on in wanted.items() if on}
         _transformers(work, kinds)
         for name, module in list(model.named_modules()):
             if id(module) not in work.claimed and not work.skipped(name):
@@ -288,6 +293,13 @@ def _torch_module(work: _Work, name: str, module: nn.Module, kinds: set[str]) ->
         work.replace_forward(name, module, _softmax_forward, "softmax", SOFTMAX)
     elif own is nn.LogSoftmax.forward and "softmax" in kinds:
         work.replace_forward(name, module, _log_softmax_forward, "log_softmax", SOFTMAX)
+    elif own in (nn.LayerNorm.forward, nn.RMSNorm.forward) and "norm" in kinds:
+        if len(module.normalized_shape) > 1:  # type: ignore[arg-type]
+            return work.keep(name, module, "normalizes over several dimensions")
+        forward, what = (
+            (_layer_norm_forward, "layer_norm") if own is nn.LayerNorm.forward else (_rms_norm_forward, "rms_norm")
+        )
+        work.replace_forward(name, module, forward, what, NORM)
     elif own is nn.CrossEntropyLoss.forward and "loss" in kinds:
         work.replace_forward(name, module, _cross_entropy_forward, "cross_entropy", LOSS)
     elif not type(module).__module__.startswith(("torch.", "transformers.", "lmops.")):
@@ -311,6 +323,16 @@ def _softmax_forward(self: Any, input: Tensor) -> Tensor:
 def _log_softmax_forward(self: Any, input: Tensor) -> Tensor:
     dim = self.dim if self.dim is not None else 0 if input.ndim in (0, 1, 3) else 1
     return log_softmax(input, dim=dim)
+
+
+@_named_forward
+def _layer_norm_forward(self: Any, input: Tensor) -> Any:
+    return layer_norm(input, self.weight, self.bias, self.eps)
+
+
+@_named_forward
+def _rms_norm_forward(self: Any, x: Tensor) -> Any:
+    return rms_norm(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
 
 
 @_named_forward
@@ -387,10 +409,28 @@ def _redirected_softmax(ours: Callable[..., Tensor], theirs: Callable[..., Tenso
     return call
 
 
+def _redirected_layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Any:
+    if len(normalized_shape) == 1 and tuple(normalized_shape) == input.shape[-1:] and input.dtype in FLOATS:
+        return layer_norm(input, weight, bias, eps)
+    return nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _redirected_rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Any:
+    if len(normalized_shape) == 1 and tuple(normalized_shape) == input.shape[-1:] and input.dtype in FLOATS:
+        return rms_norm(input, weight, torch.finfo(input.dtype).eps if eps is None else eps)
+    return nn.functional.rms_norm(input, normalized_shape, weight, eps)
+
+
 # what code calls -> the kind it is of, and what takes its place
 FUNCTIONS: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
     nn.functional.scaled_dot_product_attention: ("attention", scaled_dot_product_attention),
     nn.functional.cross_entropy: ("loss", cross_entropy),
+    nn.functional.layer_norm: ("norm", _redirected_layer_norm),
+    nn.functional.rms_norm: ("norm", _redirected_rms_norm),
     **{
         f: ("softmax", _redirected_softmax(softmax_, f)) for f in (nn.functional.softmax, torch.softmax, Tensor.softmax)
     },
@@ -400,7 +440,7 @@ FUNCTIONS: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
     },
 }
 FUNCTION_KINDS = {f.__name__: kind for f, (kind, _) in FUNCTIONS.items()}
-OPERATORS_OF = {"attention": ATTENTION, "softmax": SOFTMAX, "loss": LOSS}
+OPERATORS_OF = {"attention": ATTENTION, "softmax": SOFTMAX, "norm": NORM, "loss": LOSS}
 
 
 class _Redirect(TorchFunctionMode):
@@ -477,6 +517,10 @@ def _transformers(work: _Work, kinds: set[str]) -> None:
                 _transformers_attention(work, name, module)
             if "loss" in kinds and not work.skipped(name):
                 _transformers_loss(work, name, module)
+            if "norm" in kinds:
+                for inner, layer in module.named_modules(prefix=name):
+                    if type(layer).__name__.endswith("Norm") and not work.skipped(inner):
+                        _transformers_norm(work, inner, layer)
 
 
 def _transformers_attention(work: _Work, prefix: str, model: Any) -> None:
@@ -513,6 +557,36 @@ def _transformers_attention(work: _Work, prefix: str, model: Any) -> None:
     model.set_attn_implementation(integration.NAME)
     for name, module in through_registry:
         work.replaced(name, module, "attention", ATTENTION)
+
+
+@_named_forward
+def _transformers_norm_forward(self: Any, hidden_states: Tensor) -> Any:
+    if self.weight.dtype != hidden_states.dtype:  # the result then is of another type than the input
+        return type(self).forward(self, hidden_states)
+    return rms_norm(hidden_states, self.weight, self._lmops_eps, weight_offset=self._lmops_offset)
+
+
+def _transformers_norm(work: _Work, name: str, norm: Any) -> None:
+    """Replace an RMSNorm whose formula is found out by trying: with weights as they are, or as differences from 1."""
+    if not type(norm).__module__.startswith("transformers."):
+        return None
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    weight = norm._parameters.get("weight")
+    takes = list(inspect.signature(type(norm).forward).parameters)
+    if not isinstance(eps, float) or weight is None or weight.ndim != 1 or weight.is_meta or len(takes) != 2:
+        return work.keep(name, norm, "is not an RMSNorm of one weight")
+    trial = copy.deepcopy(norm).float()
+    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    x[2:] *= eps**0.5  # where eps counts
+    with torch.no_grad():
+        expected = type(norm).forward(trial, x)
+        found: Any = [rms_norm(x, trial.weight, eps, weight_offset=offset) for offset in (0.0, 1.0)]
+        offset = next((float(i) for i, y in enumerate(found) if torch.allclose(y, expected, 1e-4, 1e-6)), None)
+    if offset is None:
+        return work.keep(name, norm, "its result is not that of an RMSNorm")
+    work.set(norm, "_lmops_eps", eps)
+    work.set(norm, "_lmops_offset", offset)
+    return work.replace_forward(name, norm, _transformers_norm_forward, "rms_norm", NORM)
 
 
 def _transformers_loss(work: _Work, name: str, model: Any) -> None:
