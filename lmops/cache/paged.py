@@ -213,7 +213,8 @@ class PagedKVCache:
     def _tensor(self, numbers: array, dtype: torch.dtype) -> Tensor:
         if not numbers:
             return torch.empty(0, dtype=dtype, device=self.device)
-        return torch.frombuffer(numbers, dtype=dtype).to(self.device)
+        # to a GPU: the numbers are taken at once, and the copy waits for nothing
+        return torch.frombuffer(numbers, dtype=dtype).to(self.device, non_blocking=True)
 
     def register(self, seq: PagedSequence, tokens: Sequence[int]) -> None:
         """Makes the full blocks of the sequence's first tokens findable, whose keys and values have been written.

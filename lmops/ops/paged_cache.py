@@ -392,7 +392,7 @@ def copy_blocks(pages: KVPages, copies: Tensor | Sequence[Sequence[int]]) -> Non
         if not all(isinstance(number, int) for row in rows for number in row):
             raise TypeError(f"copies must be tuples of int, got {rows[0]}")
         _check_copies(rows, pages.n_blocks, pages.block_size)
-        copies = torch.tensor(rows, dtype=torch.int64, device=pages.k.device)
+        copies = torch.tensor(rows, dtype=torch.int64).to(pages.k.device, non_blocking=True)
     if copies.dtype != torch.int64:
         raise TypeError(f"copies must be int64, got {copies.dtype}")
     if copies.ndim != 2 or copies.shape[1] not in (2, 3):
@@ -427,8 +427,8 @@ def swap_blocks(src_pages: KVPages, dst_pages: KVPages, pairs: Sequence[tuple[in
         raise ValueError(f"pairs must have each block of dst_pages once, got {targets}")
     if not pairs:
         return
-    src_index = torch.tensor(sources, device=src_pages.k.device)
-    dst_index = torch.tensor(targets, device=dst_pages.k.device)
+    src_index = torch.tensor(sources).to(src_pages.k.device, non_blocking=True)
+    dst_index = torch.tensor(targets).to(dst_pages.k.device, non_blocking=True)
     in_order = targets == list(range(dst_pages.n_blocks))
     for src, dst in both:
         rows = src.index_select(0, src_index)
