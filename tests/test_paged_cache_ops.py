@@ -336,6 +336,10 @@ def test_swap_blocks(format):
         assert torch.equal(a[2], b[0])
         assert torch.equal(a[8], b[5])
         assert torch.equal(a[[0, 1, 3, 4, 5, 6, 7]], b[[0, 1, 3, 4, 5, 6, 7]])
+    swap_blocks(back, there, [(0, 3), (1, 1), (2, 6)])
+    for a, b in zip(bits(there), before, strict=True):
+        assert torch.equal(a[[3, 1, 6]], b[[5, 0, 7]])
+        assert torch.equal(a[[0, 4, 5, 7]], b[[0, 4, 5, 7]])
     swap_blocks(back, there, [])
     after = bits(there)
     for pairs, message in (

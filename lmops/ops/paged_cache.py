@@ -405,9 +405,9 @@ def copy_blocks(pages: KVPages, copies: Tensor | Sequence[Sequence[int]]) -> Non
 def swap_blocks(src_pages: KVPages, dst_pages: KVPages, pairs: Sequence[tuple[int, int]]) -> None:
     """Copies whole blocks between pages on different devices, or of different caches: keys, values and scales.
 
-    pairs: (block of src_pages, block of dst_pages). A gather, a copy and a scatter a tensor. From pinned memory to a
-    GPU the copy is asynchronous; so it is to pinned contiguous pages if the blocks written are all of them in order,
-    and the stream is then to be synchronized before the host reads them.
+    pairs: (block of src_pages, block of dst_pages). A gather, a copy and a scatter a tensor, without the gather or the
+    scatter where the blocks are all of the pages in order. To such pages in pinned memory the copy from a GPU is
+    asynchronous, as it is from them: the stream is to be synchronized before the host reads or writes them.
     ValueError for pages of another geometry or format, for blocks that are not there, and for one written twice.
     """
     both = list(zip(_tensors(src_pages), _tensors(dst_pages), strict=False))
@@ -429,10 +429,10 @@ def swap_blocks(src_pages: KVPages, dst_pages: KVPages, pairs: Sequence[tuple[in
         return
     src_index = torch.tensor(sources).to(src_pages.k.device, non_blocking=True)
     dst_index = torch.tensor(targets).to(dst_pages.k.device, non_blocking=True)
-    in_order = targets == list(range(dst_pages.n_blocks))
+    whole_src, whole_dst = sources == list(range(src_pages.n_blocks)), targets == list(range(dst_pages.n_blocks))
     for src, dst in both:
-        rows = src.index_select(0, src_index)
-        if in_order:
+        rows = src if whole_src else src.index_select(0, src_index)
+        if whole_dst:
             dst.copy_(rows, non_blocking=True)
         else:
             dst.index_copy_(0, dst_index, rows.to(dst.device, non_blocking=dst.is_cuda))
