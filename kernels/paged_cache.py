@@ -23,6 +23,7 @@ def part_columns(part, D, HALF, INTERLEAVED):
 
 @triton.constexpr_function
 def padded(n):
+    """The width of a tile with n columns."""
     return triton.next_power_of_2(n)
 
 

@@ -197,9 +197,9 @@ def test_every_e4m3_number_and_the_ties_between(path):
     every = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     between = (every[1:] + every[:-1]) / 2
     x = torch.cat([every, between, between.nextafter(torch.tensor(1e9)), between.nextafter(torch.tensor(0.0))])
-    x = torch.cat([x, -x, x.new_zeros(-2 * len(x) % 7)]).view(-1, 1, 7)
+    x = torch.cat([x, -x, x.new_zeros(-2 * len(x) % 63)]).view(-1, 1, 63)
     x = torch.cat([x, torch.full((len(x), 1, 1), 448.0)], -1)
-    pages = new_pages(len(x), 1, 1, 8, format="fp8", dtype=FP32, device=path.device)
+    pages = new_pages(len(x), 1, 1, 64, format="fp8", dtype=FP32, device=path.device)
     store_kv(x.to(path.device), x.to(path.device), pages, torch.arange(len(x), device=path.device))
     assert torch.equal(pages.k.cpu().view(torch.uint8)[:, 0, 0], x.to(torch.float8_e4m3fn).view(torch.uint8)[:, 0])
 
