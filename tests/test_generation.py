@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import lmops
 import lmops.models.gpt
 import lmops.reference.sampling
+from lmops.cache import OutOfBlocksError, PagedKVCache
 from lmops.engine import GenerationStats, SamplingParams, complete, generate, generate_stream
 from lmops.models.gpt import GPT, GPTConfig
 
@@ -82,6 +84,115 @@ def test_greedy_is_the_argmax_of_a_full_recomputation(model):
     assert generate(model, PROMPTS, max_new_tokens=20) == expected  # and no row depends on its batch mates
 
 
+def greedy_with_contiguous_cache(model: GPT, prompts: list[list[int]], n: int) -> list[list[int]]:
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    tokens = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
+    cache = model.new_cache(len(prompts), longest + n, padding)
+    made = []
+    with torch.no_grad():
+        for _ in range(n):
+            tokens = model(tokens, cache=cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
+            made.append(tokens)
+    return torch.cat(made, 1).tolist()
+
+
+def paged_cache(model: GPT, block_size: int, n_tokens: int = 600, **options) -> PagedKVCache:
+    c = model.config
+    return PagedKVCache(
+        -(-n_tokens // block_size), n_layers=c.n_layers, n_kv_heads=c.n_kv_heads, head_dim=c.head_dim,
+        block_size=block_size, dtype=torch.float32, window=c.attention_window, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 17, 64])
+def test_greedy_is_the_same_through_every_cache(model, block_size):
+    """Pages of any size, the contiguous cache and no cache; the next turn of a chat finds what the first has left."""
+    expected = [greedy_without_cache(model, prompt, 20) for prompt in PROMPTS]
+    assert greedy_with_contiguous_cache(model, PROMPTS, 20) == expected
+    cache = paged_cache(model, block_size)
+    assert generate(model, PROMPTS, cache=cache, max_new_tokens=20) == expected
+    turns = [prompt + new[:15] for prompt, new in zip(PROMPTS, expected, strict=True)]
+    for prompts in (turns, turns[::-1]):
+        wanted = [greedy_without_cache(model, prompt, 5) for prompt in prompts]
+        assert generate(model, prompts, cache=cache, max_new_tokens=5) == wanted
+    hits = cache.prefix.stats.tokens_found
+    assert hits > 0 if block_size < 20 else hits == 0  # a prompt has no full block of 64
+    cache.check_integrity()
+    assert cache.allocator.n_available == cache.allocator.n_blocks
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 17, 64])
+def test_forks_and_swaps_change_nothing(model, block_size):
+    expected = [greedy_without_cache(model, prompt, 16) for prompt in PROMPTS]
+    cache = paged_cache(model, block_size)
+    held = [list(prompt) for prompt in PROMPTS]
+    seqs = [cache.new_sequence(prompt) for prompt in PROMPTS]
+
+    def step() -> None:
+        new = [tokens[seq.n_tokens :] for tokens, seq in zip(held, seqs, strict=True)]
+        batch = cache.append(seqs, [len(tokens) for tokens in new])
+        logits = model(torch.tensor([[token for tokens in new for token in tokens]]), cache=batch, last_only=True)
+        for tokens, token in zip(held, logits[:, -1].argmax(-1).tolist(), strict=True):
+            tokens.append(token)
+
+    with torch.no_grad():
+        for i in range(16):
+            step()
+            if i == 3:  # each goes on twice, and its twin writes to a block of its own
+                seqs += [cache.fork(seq) for seq in seqs]
+                held += [list(tokens) for tokens in held]
+            if i == 7:  # somebody else needs the memory
+                swapped = [cache.swap_out(seq) for seq in seqs]
+                other = cache.new_sequence()
+                batch = cache.append([other], [40])
+                for layer in range(model.config.n_layers):
+                    shape = (40, model.config.n_kv_heads, model.config.head_dim)
+                    lmops.store_kv(
+                        torch.full(shape, 9.0), torch.full(shape, 9.0), batch.layers[layer], batch.slot_mapping
+                    )
+                seqs[:] = [cache.swap_in(one) for one in swapped]
+    assert [tokens[len(p) :] for tokens, p in zip(held, PROMPTS * 2, strict=True)] == expected * 2
+
+
+def test_samples_share_the_blocks_of_a_prompt(llama):
+    """Eight samples of a long prompt fit where eight copies of it would not, and all blocks come back."""
+    cache = paged_cache(llama, 4, n_tokens=60)
+    drawn = generate(llama, [list(range(30))], cache=cache, max_new_tokens=3, n=8, temperature=1.0, seed=0)
+    assert drawn == generate(llama, [list(range(30))], max_new_tokens=3, n=8, temperature=1.0, seed=0)
+    cache.check_integrity()
+    with pytest.raises(OutOfBlocksError, match="15 are available"):
+        generate(llama, [list(range(30)), list(range(40, 70))], cache=cache, max_new_tokens=3)
+    cache.check_integrity()
+    assert cache.allocator.n_available == 15
+
+
+def test_a_stopped_row_leaves_the_batch_and_its_blocks(llama):
+    full = generate(llama, PROMPTS, max_new_tokens=8)
+    cache = paged_cache(llama, 4)
+    shapes: list[int] = []
+    hook = llama.embed.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1]))
+    stop = [full[0][2]]
+    made = generate(llama, PROMPTS, cache=cache, max_new_tokens=8, stop_tokens=stop)
+    hook.remove()
+    assert made == [row[: row.index(stop[0])] if stop[0] in row else row for row in full]
+    assert shapes[-1] < 4
+    stream = generate_stream(llama, PROMPTS, cache=cache, max_new_tokens=8)
+    next(stream)
+    stream.close()
+    assert cache.allocator.n_available == cache.allocator.n_blocks
+
+
+def test_a_cache_of_another_model(llama):
+    cache = PagedKVCache(4, n_layers=2, n_kv_heads=3, head_dim=8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="the cache has another geometry than the model"):
+        generate(llama, [[1, 2]], cache=cache, max_new_tokens=2)
+    assert cache.allocator.n_available == 4
+    batch = paged_cache(llama, 4).append([], [])
+    with pytest.raises(ValueError, match=r"tokens has shape \(2, 1\); the batch has \(1, 0\)"):
+        llama(torch.zeros(2, 1, dtype=torch.long), cache=batch)
+
+
 def test_a_tensor_of_prompts(llama):
     prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
     assert generate(llama, prompts, max_new_tokens=7) == generate(llama, prompts.tolist(), max_new_tokens=7)
@@ -107,12 +218,14 @@ def test_no_mask_for_sequences_of_equal_length(llama, monkeypatch):
     monkeypatch.setattr(
         lmops.models.gpt, "attention", lambda *a, bias, **k: masks.append(bias) or attention(*a, bias=bias, **k)
     )
-    generate(llama, [[1, 2, 3], [4, 5, 6]], max_new_tokens=4)
-    assert masks == [None] * 4 * CONFIG.n_layers
-    masks.clear()
-    generate(llama, [[1, 2, 3], [4, 5]], max_new_tokens=4)
-    assert len(masks) == 4 * CONFIG.n_layers
-    assert all(mask is not None for mask in masks)
+    for padding in (None, [0, 1]):
+        cache = llama.new_cache(2, 8, padding)
+        with torch.no_grad():
+            llama(torch.tensor([[1, 2, 3], [4, 5, 6]]), cache=cache)
+            llama(torch.tensor([[7], [8]]), cache=cache)
+        assert len(masks) == 2 * CONFIG.n_layers
+        assert all((mask is None) == (padding is None) for mask in masks)
+        masks.clear()
 
 
 # ----------------------------------------------------------------------------------------------- stop, streaming
@@ -287,7 +400,7 @@ def test_the_prompt_of_many_samples_is_read_once(llama):
     hook = llama.embed.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[:2])))
     generate(llama, PROMPTS, max_new_tokens=3, temperature=1.0, n=2, seed=0)
     hook.remove()
-    assert shapes == [(4, 9), (8, 1), (8, 1)]
+    assert shapes == [(1, sum(map(len, PROMPTS))), (1, 8), (1, 8)]
 
 
 def test_samples_are_what_their_rows_alone_would_be(model):

@@ -310,7 +310,9 @@ def test_bytes_moved(path, launches, form, instructions):
     loaded = sum(first.c[f"global_{kind}_bytes"] for kind in ("ld", "cp", "tma"))
     tensors = [t for t in vars(case.pages).values() if t is not None]
     held = sum(2024 * t[0, 0].numel() * t.element_size() for t in tensors)
-    assert loaded <= (1.03 if form == "native" else 1.07) * held
+    # several lanes load the scale of a key; they do so at once, and it comes from memory once
+    assert loaded <= (1.03 if form == "native" else 1.3) * held
+    assert first.c["unique_bytes_read"] <= 1.01 * held
     assert first.c["bank_conflicts"] == 0
     assert first.spills == 0
     assert sum(first.classes.values()) <= instructions * held / 1024

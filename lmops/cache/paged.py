@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from lmops.cache.allocator import BlockAllocator, PagedSequence, SwappedSequence
 from lmops.cache.plan import CachePlan, plan_cache
 from lmops.cache.prefix import PrefixCache
-from lmops.ops.paged_cache import FLOATS, Format, KVPages, copy_blocks, swap_blocks
+from lmops.ops.paged_attention import paged_attention
+from lmops.ops.paged_cache import FLOATS, Format, KVPages, copy_blocks, store_kv, swap_blocks
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
 
@@ -21,6 +22,10 @@ CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
 @dataclass(frozen=True)
 class PagedBatch:
     """Where the new tokens of some sequences go, and where their context is: made once a step, for all layers.
+
+        for i in range(n_layers):
+            q, k, v = ...                     # of the new tokens: (T, H, D), (T, KV, D), (T, KV, D)
+            y = batch.attend(i, q, k, v)      # (T, H, D); k and v are in the cache
 
     The new tokens of the S sequences stand one after another, T in all. Everything is on the cache's device.
 
@@ -33,6 +38,7 @@ class PagedBatch:
         max_context: the largest of context_lens.
         slot_mapping: (T,) int64, the slot of each new token, for `store_kv`.
         positions: (T,) int64, the place of each new token in its sequence.
+        layers, window: the cache's.
     """
 
     block_table: Tensor
@@ -42,6 +48,25 @@ class PagedBatch:
     max_context: int
     slot_mapping: Tensor
     positions: Tensor
+    layers: Sequence[KVPages] = field(repr=False)
+    window: int | None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Stores key (T, KV, D) and value (T, KV, Dv) of the new tokens, and gives attention of query (T, H, D).
+
+        options: scale, softcap, alibi_slopes, sinks and more of `lmops.paged_attention`. Returns (T, H, Dv).
+        """
+        pages, n_seqs = self.layers[layer], len(self.context_lens)
+        store_kv(key, value, pages, self.slot_mapping)
+        window = None if self.window is None else (self.window - 1, 0)
+        if len(query) == n_seqs * self.max_seqlen_q:  # equally many of each
+            query = query.unflatten(0, (n_seqs, self.max_seqlen_q))
+            out = paged_attention(query, pages, self.block_table, self.context_lens, window=window, **options)
+            return out.flatten(0, 1)  # type: ignore[union-attr]
+        return paged_attention(  # type: ignore[return-value]
+            query, pages, self.block_table, self.context_lens, cu_seqlens_q=self.cu_seqlens_q,
+            max_seqlen_q=self.max_seqlen_q, window=window, **options,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,8 +85,8 @@ class PagedKVCache:
         cache = PagedKVCache(512, n_layers=30, n_kv_heads=3, head_dim=64)
         seq = cache.new_sequence(prompt)                      # finds what is cached of it
         batch = cache.append([seq], [len(prompt) - seq.n_tokens])
-        for layer, pages in enumerate(cache.layers):
-            ...; store_kv(k, v, pages, batch.slot_mapping)    # and attention over batch.block_table
+        for layer in range(30):
+            y = batch.attend(layer, q, k, v)                  # stores k and v, and attends to all that is there
         cache.register(seq, prompt)                           # so that others find it
 
     Attributes:
@@ -208,6 +233,8 @@ class PagedKVCache:
             max_context=max(lengths, default=0),
             slot_mapping=self._tensor(slots, torch.int64),
             positions=self._tensor(positions, torch.int64),
+            layers=self.layers,
+            window=self.window,
         )
 
     def _tensor(self, numbers: array, dtype: torch.dtype) -> Tensor:

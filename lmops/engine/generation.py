@@ -1,4 +1,8 @@
-"""Text generation with a `GPT`: one prefill of the prompts, then one token a step for every row of the batch.
+"""Text generation with a `GPT`: one prefill of the prompts, then one token a step for every row that has not stopped.
+
+Keys and values are in a paged cache: prompts of unequal lengths need no padding, the samples of a prompt share its
+blocks, and what a row held is free again when it stops. With a cache of one's own, what earlier calls left in it is
+found again: a chat's next turn computes only what is new.
 
 `_steps` is the loop. `generate_stream` hands out its steps as they are made; `complete` collects them, and ranks the
 samples of a prompt; `generate` is `complete` for those who only want the tokens.
@@ -14,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lmops.cache import PagedKVCache, PagedSequence
 from lmops.engine.sampling_params import SamplingParams
 from lmops.models.gpt import GPT, GPTConfig
 from lmops.ops.sampling import Sample, sample
@@ -57,6 +62,7 @@ def generate(
     prompts: Prompts,
     params: SamplingParams | None = None,
     *,
+    cache: PagedKVCache | None = None,
     stats: GenerationStats | None = None,
     **changes: Any,
 ) -> list[list[int]]:
@@ -65,13 +71,16 @@ def generate(
     prompts: lists of token ids, of any lengths, or a (B, T) tensor.
     params, changes: a `SamplingParams` (greedy by default), and fields to replace in it: `generate(model, prompts,
         max_new_tokens=20, temperature=0.8, top_p=0.9, seed=1)`.
+    cache: of the model's geometry. The blocks of the sequences come from it and go back to it, findable by their
+        content. By default one is made that holds this call alone.
     stats: filled in with token counts and seconds.
     Returns a list a prompt; with n samples, n lists for the first prompt, then n for the second and so on, the most
     probable of a prompt first.
     Raises ValueError for a prompt that is empty, does not fit the context, or has an id outside the vocabulary, for a
-    parameter without meaning, and for a model whose logits are not finite.
+    parameter without meaning, and for a model whose logits are not finite; OutOfBlocksError where the cache is too
+    small. Blocks are given back whatever happens.
     """
-    results = complete(model, prompts, params, stats=stats, **changes)
+    results = complete(model, prompts, params, cache=cache, stats=stats, **changes)
     return [completion.tokens for completions in results for completion in completions]
 
 
@@ -80,12 +89,13 @@ def complete(
     prompts: Prompts,
     params: SamplingParams | None = None,
     *,
+    cache: PagedKVCache | None = None,
     stats: GenerationStats | None = None,
     **changes: Any,
 ) -> list[list[Completion]]:
     """`generate`, with what is known of each sequence: for every prompt its n completions, the most probable first."""
     rows, params = _checked(model, prompts, params, changes)
-    steps = list(_steps(model, rows, params, stats or GenerationStats()))
+    steps = list(_steps(model, rows, params, stats or GenerationStats(), cache))
     samples = params.samples
     results = []
     for prompt in range(len(rows)):
@@ -100,6 +110,7 @@ def generate_stream(
     prompts: Prompts,
     params: SamplingParams | None = None,
     *,
+    cache: PagedKVCache | None = None,
     stats: GenerationStats | None = None,
     **changes: Any,
 ) -> Iterator[list[int | None]]:
@@ -111,7 +122,7 @@ def generate_stream(
     rows, params = _checked(model, prompts, params, changes)
     if params.samples != params.n:
         raise ValueError(f"best_of is {params.best_of}; a stream cannot rank, so it must be None")
-    steps = _steps(model, rows, params, stats or GenerationStats())
+    steps = _steps(model, rows, params, stats or GenerationStats(), cache)
     return (step.tokens for step in steps if any(token is not None for token in step.tokens))
 
 
@@ -186,6 +197,13 @@ class _Chooser:
         ranked = params.samples > 1
         self.logprobs = max(params.logprobs or 0, 1) if ranked or params.logprobs is not None else 0
 
+    def keep(self, rows: list[int]) -> None:
+        """The next logits are those of these of the present rows."""
+        if isinstance(self.seeds, Tensor):
+            self.seeds = self.seeds[rows]
+        if self.counts is not None:
+            self.counts = self.counts[rows]
+
     def __call__(self, logits: Tensor, step: int) -> Sample:
         """logits: (rows, vocab_size)."""
         params = self.params
@@ -211,51 +229,97 @@ class _Step:
     top_logprobs: list[dict[int, float]]
 
 
+def _own_cache(model: GPT, prompts: list[list[int]], params: SamplingParams) -> PagedKVCache:
+    """As many blocks as the rows can come to need. The last token is never fed back, so it has no slot."""
+    config, weight, size = model.config, model.norm.weight, 16
+    n_blocks = sum(-(-(len(prompt) + params.max_new_tokens - 1) // size) for prompt in prompts) * params.samples
+    if weight.device.type == "cpu":
+        n_blocks *= 2  # room for each row to grow block by block, since blocks in a row are read without a copy
+    return PagedKVCache(
+        n_blocks, n_layers=config.n_layers, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim, block_size=size,
+        dtype=weight.dtype, device=weight.device, prefix_caching=False, window=config.attention_window,
+    )  # fmt: skip
+
+
 @torch.inference_mode()  # entered for each step only, so it never reaches the caller's code between two of them
-def _steps(model: GPT, prompts: list[list[int]], params: SamplingParams, stats: GenerationStats) -> Iterator[_Step]:
-    device = model.embed.weight.device
+def _steps(
+    model: GPT, prompts: list[list[int]], params: SamplingParams, stats: GenerationStats, cache: PagedKVCache | None
+) -> Iterator[_Step]:
+    device, stop, n_rows = model.embed.weight.device, frozenset(params.stop_tokens), len(prompts) * params.samples
     choose = _Chooser(prompts, params, model.config, device)
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    tokens = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)], device=device)
-    # The last token is never fed back, so its column is not needed.
-    cache = model.new_cache(len(prompts), longest + params.max_new_tokens - 1, padding)
-    running, stop = [True] * len(prompts) * params.samples, frozenset(params.stop_tokens)
-    for step in range(params.max_new_tokens):
-        start = time.perf_counter()
-        logits = model(tokens, cache=cache, last_only=True)[:, -1]  # (B, vocab_size)
-        if step == 0 and params.samples > 1:  # a prompt is read once for all its samples
-            logits, cache = logits.repeat_interleave(params.samples, 0), cache.repeat_rows(params.samples)
-        chosen = choose(logits, step)
-        tokens = chosen.tokens[:, None]  # (B, 1)
-        new: list[int] = torch.where(chosen.valid, chosen.tokens, -1).tolist()
-        seconds = time.perf_counter() - start
-        if step == 0:
-            stats.prompt_tokens += sum(map(len, prompts))
-            stats.prefill_seconds += seconds
-        else:
-            stats.decode_tokens += sum(running)
-            stats.decode_seconds += seconds
-        for row, token in enumerate(new):
-            if token < 0 and running[row]:
-                raise ValueError(
-                    f"row {row} has no token to choose after {step} new ones: the model gave NaN, or no finite logit "
-                    "for any allowed token"
-                )
-        was = running
-        running = [is_running and token not in stop for is_running, token in zip(was, new, strict=True)]
-        yield _step([token if runs else None for token, runs in zip(new, running, strict=True)], was, chosen)
-        if not any(running):
-            return
-        # A stopped row stays in the batch, fed with tokens that nobody sees, until the last row stops.
+    cache = _own_cache(model, prompts, params) if cache is None else cache
+    held = [list(prompt) for prompt in prompts for _ in range(params.samples)]  # tokens of each row
+    seqs: dict[int, PagedSequence] = {}  # of the rows that have not stopped
+    try:
+        for step in range(params.max_new_tokens):
+            start = time.perf_counter()
+            if step == 0:  # a prompt is read once for all its samples
+                for i, prompt in enumerate(prompts):
+                    seqs[i * params.samples] = cache.new_sequence(prompt)
+            new = [held[row][seq.n_tokens :] for row, seq in seqs.items()]
+            batch = cache.append(list(seqs.values()), [len(tokens) for tokens in new])
+            tokens = torch.tensor([[token for tokens in new for token in tokens]], device=device)
+            logits = model(tokens, cache=batch, last_only=True)[:, -1]  # (rows, vocab_size)
+            if step == 0:
+                for row, seq in list(seqs.items()):
+                    cache.register(seq, held[row])
+                    seqs |= {row + i: cache.fork(seq) for i in range(1, params.samples)}
+                seqs = dict(sorted(seqs.items()))
+                logits = logits.repeat_interleave(params.samples, 0) if params.samples > 1 else logits
+            chosen = choose(logits, step)
+            found: list[int] = torch.where(chosen.valid, chosen.tokens, -1).tolist()
+            seconds = time.perf_counter() - start
+            if step == 0:
+                stats.prompt_tokens += sum(map(len, prompts))
+                stats.prefill_seconds += seconds
+            else:
+                stats.decode_tokens += len(seqs)
+                stats.decode_seconds += seconds
+            rows, going = list(seqs), []
+            for i, (row, token) in enumerate(zip(rows, found, strict=True)):
+                if token < 0:
+                    raise ValueError(
+                        f"row {row} has no token to choose after {step} new ones: the model gave NaN, or no finite "
+                        "logit for any allowed token"
+                    )
+                if token not in stop:
+                    held[row].append(token)
+                    going.append(i)
+            made = _step(n_rows, rows, [token if token not in stop else None for token in found], chosen)
+            if len(going) < len(rows):
+                for row in set(rows) - {rows[i] for i in going}:
+                    _end(cache, seqs.pop(row), held[row])
+                choose.keep(going)
+            yield made
+            if not seqs:
+                return
+        for row in list(seqs):
+            _end(cache, seqs.pop(row), held[row])
+    finally:  # what is left here was interrupted: its last tokens may have a slot, and nothing in it
+        for seq in seqs.values():
+            cache.free(seq)
 
 
-def _step(tokens: list[int | None], running: list[bool], chosen: Sample) -> _Step:
+def _end(cache: PagedKVCache, seq: PagedSequence, tokens: list[int]) -> None:
+    """Frees a sequence, whose first tokens have been computed: what is in its blocks can be found again."""
+    cache.register(seq, tokens[: seq.n_tokens])
+    cache.free(seq)
+
+
+def _step(n_rows: int, rows: list[int], tokens: list[int | None], chosen: Sample) -> _Step:
+    """What the rows got, spread over all of them."""
+    at = {row: i for i, row in enumerate(rows)}
+    running = [row in at for row in range(n_rows)]
+    spread = [tokens[at[row]] if row in at else None for row in range(n_rows)]
     if chosen.logprobs is None or chosen.top_tokens is None or chosen.top_logprobs is None:
-        return _Step(tokens, running, [], [])
-    ids, values = chosen.top_tokens.tolist(), chosen.top_logprobs.tolist()
-    top = [dict(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
-    return _Step(tokens, running, chosen.logprobs.tolist(), top)
+        return _Step(spread, running, [], [])
+    own, ids, values = chosen.logprobs.tolist(), chosen.top_tokens.tolist(), chosen.top_logprobs.tolist()
+    top = [dict(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
+    return _Step(
+        spread, running,
+        [own[at[row]] if row in at else 0.0 for row in range(n_rows)],
+        [top[at[row]] if row in at else {} for row in range(n_rows)],
+    )  # fmt: skip
 
 
 def _completion(steps: list[_Step], row: int, params: SamplingParams) -> Completion:

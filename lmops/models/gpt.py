@@ -14,6 +14,10 @@ the position enters (added to the embedding, or rotating queries and keys), the 
     logits = model(prompt, cache=cache, last_only=True)  # inference: (1, T) -> (1, 1, vocab_size)
     logits = model(next_token, cache=cache)           # (1, 1) -> (1, 1, vocab_size)
 
+    cache = PagedKVCache.for_memory(1 << 30, model.config)  # of lmops.cache, for sequences that come and go
+    batch = cache.append([seq, other], [7, 1])           # slots for 7 new tokens of one and 1 of another
+    logits = model(tokens, cache=batch, last_only=True)  # (1, 8), one behind the other -> (2, 1, vocab_size)
+
 Shapes in comments: B sequences, T new tokens, S keys visible to them (cached and new), H query heads, KV key/value
 heads, D head_dim. A model has no buffers: position tables are computed from the positions where they are used, so
 a model built on the meta device, moved or cast can never hold wrong ones.
@@ -27,12 +31,14 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmops.cache import PagedBatch
 from lmops.models.config import GPTConfig, RopeScaling
 from lmops.ops.attention import attention
 from lmops.ops.loss import linear_cross_entropy
@@ -40,6 +46,7 @@ from lmops.ops.loss import linear_cross_entropy
 __all__ = ["GPT", "GPTConfig", "KVCache", "RopeScaling"]
 
 Rope = tuple[Tensor, Tensor] | None  # cos and sin for `apply_rope`
+Cache: TypeAlias = "KVCache | PagedBatch"
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -59,10 +66,11 @@ def sinusoids(positions: Tensor, d_model: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
-def rope_frequencies(config: GPTConfig, positions: Tensor) -> tuple[Tensor, float]:
+def rope_frequencies(config: GPTConfig, positions: Tensor, row_lengths: Tensor | None = None) -> tuple[Tensor, float]:
     """The angles of RoPE for one step of position, and the factor on cos and sin. fp32.
 
-    positions: (B, T). The result is (rope_dim / 2,), or (B, rope_dim / 2) where it depends on each row's length.
+    positions: (B, T). row_lengths: (B, 1), by default up to the last position.
+    The result is (rope_dim / 2,), or (B, rope_dim / 2) where it depends on each row's length.
     `RopeScaling` says what the kinds are; the formulas are those of transformers' `ROPE_INIT_FUNCTIONS`.
     """
     dim, base, scaling, device = config.rope_dim, config.rope_base, config.rope_scaling, positions.device
@@ -71,7 +79,7 @@ def rope_frequencies(config: GPTConfig, positions: Tensor) -> tuple[Tensor, floa
     if scaling is None:
         return frequencies, 1.0
     factor, original = scaling.factor, scaling.original_context_length or config.context_length
-    row_lengths = positions[:, -1:] + 1  # (B, 1)
+    row_lengths = positions[:, -1:] + 1 if row_lengths is None else row_lengths  # (B, 1)
 
     if scaling.kind == "linear":
         return frequencies / factor, 1.0
@@ -109,9 +117,11 @@ def rope_frequencies(config: GPTConfig, positions: Tensor) -> tuple[Tensor, floa
     return frequencies, recommended if scaling.attention_factor is None else scaling.attention_factor
 
 
-def rope_tables(config: GPTConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    config: GPTConfig, positions: Tensor, dtype: torch.dtype, row_lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and signed sin for `apply_rope`, (B, 1, T, rope_dim) each: computed in fp32, cast at the end."""
-    frequencies, factor = rope_frequencies(config, positions)
+    frequencies, factor = rope_frequencies(config, positions, row_lengths)
     angles = positions[..., None].float() * frequencies.unsqueeze(-2)  # (B, T, rope_dim / 2)
     cos, sin = angles.cos() * factor, angles.sin() * factor
     cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -185,6 +195,11 @@ class KVCache:
         S = self.length + T - first
         return keys.narrow(2, first, S), values.narrow(2, first, S)
 
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None, mask: Tensor | None) -> Tensor:
+        """Append k and v, then attention of q (B, H, T, D) to all that is visible: (B, H, T, D)."""
+        k, v = self.append(layer, k, v)  # (B, KV, S, D)
+        return attention(q.to(v.dtype), k, v, left=left, right=0, bottom_right=True, bias=mask)[0]
+
     def repeat_rows(self, n: int) -> KVCache:
         """A cache that holds each row n times, one after another, and shares no memory with this one."""
         other = copy.copy(self)
@@ -239,7 +254,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
         B, T, _ = x.shape
         H, KV = self.heads
         # Queries and keys stay one tensor while both are rotated: at batch 1 decoding costs operators, not arithmetic.
@@ -251,13 +266,17 @@ class Attention(nn.Module):
         if rope is not None:
             qk = apply_rope(qk, *rope)
         q, k = qk.split((H, KV), dim=1)  # (B, H, T, D), (B, KV, T, D)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, KV, S, D)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the rotated ones, or the cache, are in float32
-        y, _ = attention(
-            q, k, v, left=self.left, right=0, bottom_right=True, bias=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+        if isinstance(cache, KVCache):
+            y = cache.attend(self.layer, q, k, v, self.left, mask)
+        elif cache is not None:  # sequences one behind the other: (T, heads, D)
+            q, k, v = (t[0].transpose(0, 1).to(v.dtype) for t in (q, k, v))
+            return self.out(cache.attend(self.layer, q, k, v).view(B, T, H * self.head_dim))
+        else:
+            q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the rotated ones are in float32
+            y, _ = attention(
+                q, k, v, left=self.left, right=0, bottom_right=True,
+                dropout_p=self.dropout if self.training else 0.0,
+            )  # fmt: skip
         return self.out(y.transpose(1, 2).reshape(B, T, H * self.head_dim))
 
 
@@ -301,7 +320,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
         x = x + drop(self.attn(self.attn_norm(x), rope, mask, cache), self.dropout, self.training)
         return x + drop(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
@@ -356,15 +375,18 @@ class GPT(nn.Module):
         return KVCache(self.config, batch_size, capacity, padding=padding, dtype=weight.dtype, device=weight.device)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None, last_only: bool = False
+        self, tokens: Tensor, targets: Tensor | None = None, *, cache: Cache | None = None, last_only: bool = False
     ) -> Tensor:
         """Logits of the next token at every position; with targets the mean cross-entropy instead.
 
-        tokens: (B, T) int64. With a cache they follow the tokens in it, and are added to it.
+        tokens: (B, T) int64. With a `KVCache` they follow the tokens in it, and are added to it; with a `PagedBatch`
+            they are (1, T), the new tokens of its sequences one behind the other.
         targets: (B, T) int64, the token that follows each of them; -100 where none counts. The loss is a scalar, by
             `lmops.linear_cross_entropy`: the (B, T, vocab_size) logits never exist in memory, nor does their gradient.
-        last_only: compute the logits of the last position only; a prompt needs no others.
-        Returns (B, T, vocab_size), or (B, 1, vocab_size), in the dtype of the weights; with targets a scalar.
+        last_only: compute the logits of the last position only, of a `PagedBatch` of each sequence's; a prompt needs no
+            others. A sequence without a new token gets those of whatever stands before it.
+        Returns (B, T, vocab_size), or (B, 1, vocab_size), in the dtype of the weights; with targets a scalar. Of a
+            `PagedBatch` of S sequences (1, T, vocab_size), or (S, 1, vocab_size).
         Raises ValueError where tokens do not fit the context or the cache, and for targets of another shape.
         """
         self._check(tokens, cache)
@@ -373,42 +395,69 @@ class GPT(nn.Module):
                 f"targets has shape {tuple(targets.shape)}; it must be that of tokens, {tuple(tokens.shape)}, and "
                 "last_only must be False"
             )
-        T = tokens.shape[1]
-        start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + T, device=tokens.device)[None]  # (1, T)
-        if cache is not None and cache.padding is not None:
-            positions = (positions - cache.padding[:, None]).clamp(min=0)  # (B, T)
-
+        T, paged = tokens.shape[1], isinstance(cache, PagedBatch)
+        positions = self._positions(T, cache, tokens.device)
         x = self.embed(tokens)  # (B, T, d_model)
         rope: Rope = None
         if self.positions is not None:
             x = x + self.positions(positions)
         elif self.config.positions == "sinusoidal":
             x = x * math.sqrt(self.config.d_model) + sinusoids(positions, self.config.d_model).to(x.dtype)
+        elif self.config.positions == "rope" and paged:
+            # each token is a row of its own, since with some scalings angles depend on the length of its sequence
+            lengths = cache.context_lens.repeat_interleave(cache.cu_seqlens_q.diff(), output_size=T)  # type: ignore
+            cos, sin = rope_tables(self.config, positions.t(), x.dtype, lengths[:, None])
+            rope = cos.transpose(0, 2), sin.transpose(0, 2)  # (1, 1, T, rope_dim)
         elif self.config.positions == "rope":
             rope = rope_tables(self.config, positions, x.dtype)
         x = drop(x, self.config.dropout, self.training)
 
-        mask = self._mask(T, cache, tokens.device)
+        mask = self._mask(T, cache, tokens.device) if isinstance(cache, KVCache) else None
         for block in self.blocks:
             x = block(x, rope, mask, cache)
-        if cache is not None:
+        if isinstance(cache, KVCache):
             cache.length += T
-        x = self.norm(x[:, -1:] if last_only else x)
+        if last_only:
+            x = x[:, -1:] if cache is None or not paged else x[0, cache.cu_seqlens_q[1:] - 1, None]  # type: ignore
+        x = self.norm(x)
         return self.head(x) if targets is None else linear_cross_entropy(x, self.head.weight, targets)
 
-    def _mask(self, T: int, cache: KVCache | None, device: torch.device) -> Tensor | None:
+    def _positions(self, T: int, cache: Cache | None, device: torch.device) -> Tensor:
+        """(B or 1, T)."""
+        if isinstance(cache, PagedBatch):
+            return cache.positions[None]
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + T, device=device)[None]  # (1, T)
+        if cache is not None and cache.padding is not None:
+            positions = (positions - cache.padding[:, None]).clamp(min=0)  # (B, T)
+        return positions
+
+    def _mask(self, T: int, cache: KVCache, device: torch.device) -> Tensor | None:
         """(B, 1, 1, S), True where a key is a token; None where no row is padded."""
-        if cache is None or cache.padding is None:
+        if cache.padding is None:
             return None
         columns = torch.arange(cache.first_visible, cache.length + T, device=device)  # (S,)
         return (columns >= cache.padding[:, None])[:, None, None]
 
-    def _check(self, tokens: Tensor, cache: KVCache | None) -> None:
+    def _check(self, tokens: Tensor, cache: Cache | None) -> None:
         if tokens.dim() != 2:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; it must be (batch, tokens)")
         batch_size, length = tokens.shape
-        if cache is not None:
+        if isinstance(cache, PagedBatch):
+            if tokens.shape != (1, len(cache.positions)):
+                raise ValueError(f"tokens has shape {tuple(tokens.shape)}; the batch has (1, {len(cache.positions)})")
+            pages = cache.layers[0]
+            found, own = [
+                (len(cache.layers), pages.n_kv_heads, pages.head_dim, cache.window),
+                (self.config.n_layers, self.config.n_kv_heads, self.config.head_dim, self.config.attention_window),
+            ]
+            if found != own:
+                raise ValueError(
+                    "the cache has another geometry than the model: layers, key/value heads, head_dim and window are "
+                    f"{found}, must be {own}"
+                )
+            length = cache.max_context
+        elif cache is not None:
             if batch_size != cache.batch_size:
                 raise ValueError(f"tokens has {batch_size} rows; the cache was made for {cache.batch_size}")
             if cache.length + length > cache.capacity:

@@ -123,49 +123,57 @@ def _check_values(
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
-def paged_tile(dim: int, element_size: int, rows: int, target: str, plain: bool = True) -> Tile:
+def paged_tile(dim: int, element_size: int, rows: int, target: str, kind: str = "plain") -> Tile:
     """The tile of paged attention on `target` ("sm_80", "sm_90", "sm_100", "gfx942").
 
     dim: the longer head_dim, as a power of 2; element_size: of queries; rows: of a sequence, its queries times the
-    query heads of a key head; plain: pages hold numbers, and the scores are the products. From
+    query heads of a key head; kind: "quantized" pages, scores that are the products ("plain"), or "other" scores. From
     `python -m benchmarks.compile_report`: the largest tile that does not spill. With few rows two warps are enough to
     load what memory gives, and wait less for each other than four.
     """
     bucket = next(most for most in (64, 128, 256, 512) if dim <= most)
-    size = "few" if rows <= 16 else "many" if plain else "many, not plain"
+    size = "few" if rows <= 16 else "many"
     if element_size == 4:
-        return Tile(*WIDE_TILES[bucket, size.partition(",")[0]])
+        return Tile(*WIDE_TILES[bucket, size])
     tiles = GFX_TILES if target.startswith("gfx") else TILES
-    key = (bucket, size) if (bucket, size) in tiles else (bucket, "many")
-    if target in ("sm_90", "sm_100") and key in WGMMA_TILES:
-        return Tile(*WGMMA_TILES[key])
-    return Tile(*tiles[key])
+    tiles = tiles | {"sm_90": WGMMA_TILES, "sm_100": TCGEN05_TILES}.get(target, {})
+    return Tile(*tiles.get((bucket, f"{size}, {kind}"), tiles[bucket, size]))
 
 
-# (rows, keys, warps, stages) by head_dim up to, and whether rows are at most 16
+# (rows, keys, warps, stages) by head_dim up to, and whether rows are at most 16. Of quantized pages at least 32 keys:
+# see _triton
 TILES = {
     (64, "few"): (16, 32, 2, 3),
     (64, "many"): (64, 64, 4, 2),
-    (64, "many, not plain"): (64, 32, 4, 2),
+    (64, "many, other"): (64, 32, 4, 2),
+    (64, "many, quantized"): (64, 32, 4, 2),
     (128, "few"): (16, 32, 2, 3),
     (128, "many"): (64, 64, 4, 2),
-    (128, "many, not plain"): (64, 32, 4, 2),
+    (128, "many, other"): (64, 32, 8, 2),
+    (128, "many, quantized"): (64, 32, 8, 2),
     (256, "few"): (16, 16, 4, 3),
+    (256, "few, quantized"): (16, 32, 4, 3),
     (256, "many"): (64, 32, 8, 2),
     (512, "few"): (16, 32, 8, 2),
     (512, "many"): (16, 32, 8, 2),
 }
+# where it is another on a target with wgmma, and on one with tcgen05
 WGMMA_TILES = {
     (64, "many"): (128, 64, 8, 2),
     (128, "many"): (128, 64, 8, 2),
+    (128, "many, other"): (64, 32, 4, 2),
+    (128, "many, quantized"): (64, 32, 4, 2),
 }
+TCGEN05_TILES = WGMMA_TILES | {(128, "few"): (16, 32, 4, 3)}
 GFX_TILES = {
     (64, "few"): (16, 64, 4, 1),
     (64, "many"): (64, 32, 4, 1),
-    (64, "many, not plain"): (64, 16, 4, 1),
+    (64, "many, other"): (64, 16, 4, 1),
+    (64, "many, quantized"): (64, 16, 4, 1),
     (128, "few"): (16, 32, 4, 1),
     (128, "many"): (64, 32, 4, 1),
-    (128, "many, not plain"): (64, 16, 4, 1),
+    (128, "many, other"): (64, 16, 4, 1),
+    (128, "many, quantized"): (64, 16, 4, 1),
     (256, "few"): (16, 16, 4, 1),
     (256, "many"): (64, 16, 4, 1),
     (512, "few"): (16, 16, 8, 1),
@@ -175,7 +183,7 @@ GFX_TILES = {
 WIDE_TILES = {
     (64, "few"): (16, 32, 4, 2),
     (64, "many"): (32, 32, 4, 1),
-    (128, "few"): (16, 32, 4, 1),
+    (128, "few"): (16, 32, 8, 1),
     (128, "many"): (16, 16, 8, 1),
     (256, "few"): (16, 16, 8, 1),
     (256, "many"): (16, 16, 8, 1),
@@ -218,8 +226,8 @@ def _triton(
     n_blocks, block_size, kv_heads = k.shape[:3]
     value_dim, group = out.shape[2], n_heads // kv_heads
     format = FORMATS.get(k.dtype, "native")
-    # of int4 keys Triton (3.6 to 3.9) gets a tile of 8 bytes a row wrong
-    block_d, block_e = (max(32 if format == "int4" else 16, block_dim(d)) for d in (head_dim, value_dim))
+    # Triton 3.7 gets products of 16 terms wrong where the right factor is widened from 8 bits; 3.9 does not
+    block_d, block_e = (max(16 if format == "native" else 32, block_dim(d)) for d in (head_dim, value_dim))
     dim = max(block_d, block_e)
     if format == "fp8":  # its bytes: not all targets of Triton have the type
         k, v = k.view(torch.uint8), v.view(torch.uint8)
@@ -252,8 +260,8 @@ def _triton(
         )  # fmt: skip
 
     # whether few or many rows share a tile must not depend on the batch where results may not
-    plain = format == "native" and not scaled and left is None
-    tile = paged_tile(dim, query.element_size(), group if batch_invariant else max_q * group, target, plain)
+    kind = "quantized" if format != "native" else "other" if scaled or left is not None else "plain"
+    tile = paged_tile(dim, query.element_size(), group if batch_invariant else max_q * group, target, kind)
     if cu_q is None:
         row_tiles = n_seqs * -(-max_q * group // tile.block_m)
     else:
@@ -265,7 +273,7 @@ def _triton(
         return out, lse
     prefix_parts = 0
     if shared:
-        prefix_tile = paged_tile(dim, query.element_size(), n_tokens * group, target, plain)
+        prefix_tile = paged_tile(dim, query.element_size(), n_tokens * group, target, kind)
         prefix_tiles = -(-n_tokens * group // prefix_tile.block_m)
         prefix_parts = n_parts(prefix_tiles * kv_heads, shared, row_bytes, cores)
     part_o = query.new_empty(n_tokens, n_heads, prefix_parts + parts, value_dim, dtype=torch.float32)
