@@ -56,4 +56,5 @@ if __name__ == "__main__":
     path, text, adapters = args.paths
     model, tokenizer = lmops.load(path)
     losses = train(model, torch.tensor(tokenizer.encode(text.read_text())), adapters, args.steps)
-    print(f"loss of the first ten steps {sum(losses[:10]) / 10:.3f}, of the last ten {sum(losses[-10:]) / 10:.3f}")
+    first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
+    print(f"loss of the first ten steps {first:.3f}, of the last ten {last:.3f}")
