@@ -258,3 +258,17 @@ def test_plot_puts_many_benchmarks_side_by_side(tmp_path):
     header = (tmp_path / "all.png").read_bytes()[16:24]
     width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
     assert (width, height) == (2400, 700)  # four panels of 6 x 3.5 inches, and one below them
+
+
+def test_overhead_is_measured_without_a_gpu():
+    """In a process of its own: its driver stays."""
+    code = (
+        "import sys; from benchmarks import bench_overhead as b; operators = b.operators;"
+        "b.operators = lambda: {k: v for k, v in operators().items() if k in ('softmax', 'int8_matmul')};"
+        "sys.argv = ['bench_overhead', '--rounds', '1']; b.main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()[2:]}
+    assert {name: row[0] for name, row in rows.items()} == {"softmax": "1", "int8_matmul": "3"}
+    assert all(float(figure) > 0 for row in rows.values() for figure in row[1:])
