@@ -350,12 +350,15 @@ def test_launch_depends_on_shapes_alone():
             assert few.block_m == 16 <= many.block_m
 
 
-def test_blocks_in_a_row_are_a_view():
+def test_blocks_in_a_row_are_not_copied(monkeypatch):
     """On the CPU a sequence whose blocks follow one another is read where it is."""
-    case = make(((100, 1), (50, 1)), in_order=True)
-    keys = module._gather(case.pages.k, None, case.table[0, :7].numpy(), slice(0, 100))
-    assert keys.untyped_storage().data_ptr() == case.pages.k.untyped_storage().data_ptr()
-    assert torch.equal(keys, case.pages.k[case.table[0, :7].long()].flatten(0, 1)[:100].transpose(0, 1))
+    copied = []
+    gather = module._gather
+    monkeypatch.setattr(module, "_gather", lambda *args: copied.append(1) or gather(*args))
+    for in_order in (True, False):
+        case = make(((100, 1), (50, 1)), in_order=in_order)
+        paged_attention(case.query, case.pages, case.table, case.context)
+        assert len(copied) == (0 if in_order else 4)
 
 
 ERRORS = [
@@ -369,6 +372,7 @@ ERRORS = [
     (lambda c: {"context_lens": c.context[:1]}, ValueError, "context_lens must be int32 of shape (2,)"),
     (lambda c: {"context_lens": c.context + 99}, ValueError, "context_lens must be 0 to 48, the 3 blocks of 16"),
     (lambda c: {"block_table": c.table + 90}, ValueError, "block_table must name blocks 0 to 5, got"),
+    (lambda c: {"block_table": c.table + 90, "sinks": torch.ones(4)}, ValueError, "block_table must name blocks 0 to"),
     (lambda c: {"block_table": c.table * 0 - 1}, ValueError, "block_table must name blocks 0 to 5, got"),
     (
         lambda c: {"cu_seqlens_q": c.cu_q + 1},

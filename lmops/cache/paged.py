@@ -13,7 +13,7 @@ from torch import Tensor
 from lmops.cache.allocator import BlockAllocator, PagedSequence, SwappedSequence
 from lmops.cache.plan import CachePlan, plan_cache
 from lmops.cache.prefix import PrefixCache
-from lmops.ops.paged_attention import paged_attention
+from lmops.ops.paged_attention import paged_attention_of_tokens
 from lmops.ops.paged_cache import FLOATS, Format, KVPages, copy_blocks, store_kv, swap_blocks
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
@@ -54,19 +54,18 @@ class PagedBatch:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Stores key (T, KV, D) and value (T, KV, Dv) of the new tokens, and gives attention of query (T, H, D).
 
-        options: scale, softcap, alibi_slopes, sinks and more of `lmops.paged_attention`. Returns (T, H, Dv).
+        options: of `lmops.ops.paged_attention.paged_attention_of_tokens`: scale, softcap, slopes, sinks and more.
+        Returns (T, H, Dv).
         """
-        pages, n_seqs = self.layers[layer], len(self.context_lens)
+        pages = self.layers[layer]
         store_kv(key, value, pages, self.slot_mapping)
-        window = None if self.window is None else (self.window - 1, 0)
-        if len(query) == n_seqs * self.max_seqlen_q:  # equally many of each
-            query = query.unflatten(0, (n_seqs, self.max_seqlen_q))
-            out = paged_attention(query, pages, self.block_table, self.context_lens, window=window, **options)
-            return out.flatten(0, 1)  # type: ignore[union-attr]
-        return paged_attention(  # type: ignore[return-value]
-            query, pages, self.block_table, self.context_lens, cu_seqlens_q=self.cu_seqlens_q,
-            max_seqlen_q=self.max_seqlen_q, window=window, **options,
+        # equally many new tokens of each sequence need no list of where they begin
+        ragged = len(query) != len(self.context_lens) * self.max_seqlen_q
+        out, _ = paged_attention_of_tokens(
+            query, pages, self.block_table, self.context_lens, cu_q=self.cu_seqlens_q if ragged else None,
+            max_q=self.max_seqlen_q, window=(None if self.window is None else self.window - 1, None), **options,
         )  # fmt: skip
+        return out
 
 
 @dataclass(frozen=True)

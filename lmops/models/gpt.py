@@ -131,7 +131,8 @@ def rope_tables(
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[i], x[i + rope_dim / 2]) by its angle (arXiv 2104.09864, in Hugging Face's pairing).
 
-    x: (B, heads, T, D). The sign of the rotation is in `sin`, so exchanging the halves is one roll.
+    x: (B, heads, T, D), or (T, heads, D) with tables (T, 1, rope_dim). The sign of the rotation is in `sin`, so
+    exchanging the halves is one roll.
     """
     dim = cos.shape[-1]
     if dim < x.shape[-1]:
@@ -258,7 +259,9 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, KV = self.heads
         # Queries and keys stay one tensor while both are rotated: at batch 1 decoding costs operators, not arithmetic.
-        qkv = self.qkv(x).view(B, T, H + 2 * KV, self.head_dim).transpose(1, 2)
+        # Heads are the second dimension: (B, heads, T, D), or of sequences one behind the other (T, heads, D).
+        qkv = self.qkv(x).view(B, T, H + 2 * KV, self.head_dim)
+        qkv = qkv[0] if isinstance(cache, PagedBatch) else qkv.transpose(1, 2)
         qk, v = qkv.split((H + KV, KV), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split((H, KV), dim=1)
@@ -268,9 +271,9 @@ class Attention(nn.Module):
         q, k = qk.split((H, KV), dim=1)  # (B, H, T, D), (B, KV, T, D)
         if isinstance(cache, KVCache):
             y = cache.attend(self.layer, q, k, v, self.left, mask)
-        elif cache is not None:  # sequences one behind the other: (T, heads, D)
-            q, k, v = (t[0].transpose(0, 1).to(v.dtype) for t in (q, k, v))
-            return self.out(cache.attend(self.layer, q, k, v).view(B, T, H * self.head_dim))
+        elif cache is not None:
+            y = cache.attend(self.layer, q.to(v.dtype), k.to(v.dtype), v)  # (T, H, D)
+            return self.out(y.view(B, T, H * self.head_dim))
         else:
             q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the rotated ones are in float32
             y, _ = attention(
@@ -407,7 +410,7 @@ class GPT(nn.Module):
             # each token is a row of its own, since with some scalings angles depend on the length of its sequence
             lengths = cache.context_lens.repeat_interleave(cache.cu_seqlens_q.diff(), output_size=T)  # type: ignore
             cos, sin = rope_tables(self.config, positions.t(), x.dtype, lengths[:, None])
-            rope = cos.transpose(0, 2), sin.transpose(0, 2)  # (1, 1, T, rope_dim)
+            rope = cos[:, 0], sin[:, 0]  # (T, 1, rope_dim)
         elif self.config.positions == "rope":
             rope = rope_tables(self.config, positions, x.dtype)
         x = drop(x, self.config.dropout, self.training)

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from lmops.ops._register import define_op
-from lmops.ops.attention import LOG2E, NEG_INF, Tile, attention_cpu, block_dim, check_a_head, check_window, target_name
+from lmops.ops.attention import (
+    LOG2E,
+    NEG_INF,
+    Tile,
+    attention_cpu,
+    block_dim,
+    check_a_head,
+    check_window,
+    target_name,
+)
 from lmops.ops.paged_cache import FLOATS, FORMATS, KVPages
 
 SCHEMA = (
@@ -37,28 +46,39 @@ def _cpu(
     max_q: int, scale: float, left: int | None, right: int | None, softcap: float, shared: int, batch_invariant: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """torch's own attention a sequence, over a view of the pages where they lie in a row, else over a copy of them."""
-    n_blocks, block_size = k.shape[:2]
+    block_size = k.shape[1]
     table, lengths = block_table.numpy(), context_lens.tolist()
     ends = range(0, len(lengths) * max_q + 1, max_q) if cu_q is None else cu_q.tolist()
     pads = [0] * len(lengths) if leftpad is None else leftpad.tolist()
-    _check_values(table, lengths, ends, pads, query.shape[0], n_blocks, block_size, left, max_q, shared)
-    out, lse = _fake(query, k, v)
-    compute = query if k_scale is None else query.float()
+    _check_lengths(table, lengths, ends, pads, query.shape[0], block_size, max_q, shared)
+    # whether the slots of a head stand one behind the other in memory, as those of PagedKVCache do
+    in_rows = k_scale is None and all(t.stride(0) == block_size * t.stride(1) for t in (k, v))
+    queries = (query if k_scale is None else query.float()).transpose(0, 1)[None]  # (1, H, T, D)
+    outs, lses = [], []
     for s, n_keys in enumerate(lengths):
-        start, stop, pad = ends[s], ends[s + 1], pads[s]
-        q_len = stop - start
+        q_len = ends[s + 1] - ends[s]
         # the first key that is seen, and so the first block that is needed
-        first = pad if left is None else max(pad, n_keys - q_len - left)
-        blocks = table[s, first // block_size : -(-n_keys // block_size)]
-        keep = slice(first % block_size, first % block_size + n_keys - first)
-        keys, values = _gather(k, k_scale, blocks, keep), _gather(v, v_scale, blocks, keep)
-        o, l = attention_cpu(
-            compute[start:stop].transpose(0, 1)[None], keys[None], values[None],
+        first = pads[s] if left is None else max(pads[s], n_keys - q_len - left)
+        n, skip = n_keys - first, first % block_size
+        blocks = _blocks(table[s, first // block_size : -(-n_keys // block_size)], k.shape[0], s)
+        if in_rows and isinstance(blocks, slice):
+            keys, values = (_slots(t, blocks.start * block_size + skip, n) for t in (k, v))
+        else:
+            keys = _gather(k, k_scale, blocks)[:, skip : skip + n][None]
+            values = _gather(v, v_scale, blocks)[:, skip : skip + n][None]
+        out, lse = attention_cpu(
+            queries.narrow(2, ends[s], q_len), keys, values,
             None, slopes[s] if slopes is not None and slopes.ndim == 2 else slopes, sinks, None, None, None,
-            q_len, keys.shape[1], scale, *_needed(left, right, q_len, keys.shape[1]), True, softcap, 0.0,
+            q_len, n, scale, *_needed(left, right, q_len, n), True, softcap, 0.0,
         )  # fmt: skip
-        out[start:stop], lse[:, start:stop] = o[0].transpose(0, 1), l[0]
-    return out, lse
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        return _fake(query, k, v)
+    out, lse = (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
+    # (1, H, T, Dv) and (1, H, T); of one query that is a view
+    out = out[0].transpose(0, 1).to(query.dtype)
+    return out.contiguous() if len(out) > 1 else out.reshape(out.shape), lse.view(lse.shape[1:])
 
 
 def _needed(left: int | None, right: int | None, q_len: int, n_keys: int) -> tuple[int | None, int | None]:
@@ -68,26 +88,41 @@ def _needed(left: int | None, right: int | None, q_len: int, n_keys: int) -> tup
     return left, None if right is not None and q_len - 1 <= right else right
 
 
-def _gather(pages: Tensor, scale: Tensor | None, blocks: np.ndarray, keep: slice) -> Tensor:
-    """(KV, n, D): the slots `keep` of the blocks, one block behind the other; a view if they are in memory as well."""
+def _blocks(blocks: np.ndarray, n_blocks: int, s: int) -> slice | Tensor:
+    """What to index pages with: a slice where blocks follow one another."""
     n = len(blocks)
-    if n and blocks[-1] - blocks[0] == n - 1 and (n < 3 or (np.diff(blocks) == 1).all()):
-        chosen: Any = slice(int(blocks[0]), int(blocks[0]) + n)
-    else:
-        chosen = torch.from_numpy(blocks.astype(np.int64))
-    tokens = pages[chosen].permute(2, 0, 1, 3).flatten(1, 2)[:, keep]
+    first, last = (int(blocks[0]), int(blocks[-1])) if n else (0, -1)
+    if last - first == n - 1 and (n < 3 or (blocks[1:] - blocks[:-1] == 1).all()):
+        if first >= 0 and last < n_blocks:
+            return slice(first, last + 1)
+    elif blocks.min() >= 0 and blocks.max() < n_blocks:
+        return torch.from_numpy(blocks.astype(np.int64))
+    raise ValueError(f"block_table must name blocks 0 to {n_blocks - 1}, got {blocks.tolist()} for sequence {s}")
+
+
+def _slots(pages: Tensor, first: int, n: int) -> Tensor:
+    """(1, KV, n, D): slots first .. first + n - 1. One operator, since a step of decoding costs operators."""
+    block, slot, head, dim = pages.stride()
+    return pages.as_strided(
+        (1, pages.shape[2], n, pages.shape[3]), (block, head, slot, dim), pages.storage_offset() + first * slot
+    )
+
+
+def _gather(pages: Tensor, scale: Tensor | None, blocks: slice | Tensor) -> Tensor:
+    """(KV, n, D), as numbers: the slots of the blocks, one block behind the other."""
+    tokens = pages[blocks].permute(2, 0, 1, 3).flatten(1, 2)
     if scale is None:
         return tokens
-    scale = scale[chosen].transpose(1, 2).transpose(0, 1).flatten(1, 2)[:, keep].float()
+    scale = scale[blocks].transpose(1, 2).transpose(0, 1).flatten(1, 2).float()
     if pages.dtype != torch.uint8:
         return tokens.float() * scale[..., None]
     numbers = torch.stack((tokens & 15, tokens >> 4), -1).flatten(-2).float()
     return torch.addcmul(scale[..., 1:], numbers, scale[..., :1])
 
 
-def _check_values(
-    table: np.ndarray, lengths: list[int], ends: Sequence[int], pads: list[int], n_tokens: int, n_blocks: int,
-    block_size: int, left: int | None, max_q: int, shared: int,
+def _check_lengths(
+    table: np.ndarray, lengths: list[int], ends: Sequence[int], pads: list[int], n_tokens: int, block_size: int,
+    max_q: int, shared: int,
 ) -> None:  # fmt: skip
     """What on a GPU only memory safety is kept for, since reading it would wait."""
     if ends[0] != 0 or ends[-1] != n_tokens or any(a > b for a, b in pairwise(ends)):
@@ -95,6 +130,7 @@ def _check_values(
             f"cu_seqlens_q must start at 0, not decrease, and end at the {n_tokens} tokens given, got {list(ends)}"
         )
     width = table.shape[1]
+    common = table[0, : -(-shared // block_size)] if shared else table[:0]
     for s, n_keys in enumerate(lengths):
         q_len = ends[s + 1] - ends[s]
         if q_len > max_q:
@@ -106,17 +142,10 @@ def _check_values(
             )
         if not 0 <= pads[s] <= n_keys:
             raise ValueError(f"cache_leftpad must be 0 to {n_keys}, the keys of sequence {s}, got {pads[s]}")
-        first = 0 if left is None else max(0, n_keys - q_len - left)
-        used = table[s, first // block_size : -(-n_keys // block_size)]
-        if used.size and not (used.min() >= 0 and used.max() < n_blocks):
-            raise ValueError(f"block_table must name blocks 0 to {n_blocks - 1}, got {used.tolist()} for sequence {s}")
-        if shared and (
-            n_keys - q_len < shared
-            or (table[s, : -(-shared // block_size)] != table[0, : -(-shared // block_size)]).any()
-        ):
+        if shared and (n_keys - q_len < shared or (table[s, : len(common)] != common).any()):
             raise ValueError(
                 f"shared_prefix is {shared} tokens, which all sequences must have before their queries, in the same"
-                f" blocks; sequence {s} has {n_keys - q_len}, in {table[s, : -(-shared // block_size)].tolist()}"
+                f" blocks; sequence {s} has {n_keys - q_len}, in {table[s, : len(common)].tolist()}"
             )
 
 
