@@ -11,6 +11,8 @@ Names, arguments, defaults and layouts are flash-attn's. More is allowed: CPUs, 
 - softmax_lse of a query that sees no key is -inf, the logarithm of an empty sum; flash-attn gives +inf. With causal
   and alibi_slopes it is that of the scores below; flash-attn's is larger by slope * (i + seqlen_k - seqlen_q).
 - The right side of window_size counts also where seqlen_q > seqlen_k; flash-attn ignores one of seqlen_k or more.
+- Pages of a paged cache may have any size, and the cache float32. `num_splits` is taken and changes nothing: the split
+  follows from the shapes.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lmops.ops.attention import attention, check_window
+from lmops.ops.paged_attention import paged_attention_of_tokens
+from lmops.ops.paged_cache import KVPages, store_kv
+from lmops.ops.rope import rope
 
 
 def flash_attn_func(
@@ -132,18 +138,29 @@ def flash_attn_varlen_func(
     cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32: where each sequence begins, then the total. Sequence n is
         q[cu_seqlens_q[n] : cu_seqlens_q[n + 1]] over its own keys alone; either part may be empty.
     max_seqlen_q, max_seqlen_k: the longest lengths. All else is as in `flash_attn_func`, a sequence at a time.
-    block_table: keys and values in a paged cache; not there yet.
+    block_table: (batch, blocks) int32: k and v are pages then, (n_blocks, block_size, nheads_k, headdim), and key j of
+        sequence n is k[block_table[n, j // block_size], j % block_size], for j below its length in cu_seqlens_k.
+        Without gradients and dropout.
 
     Returns out, (total_q, nheads, headdim_v), and with return_attn_probs (out, softmax_lse, None) with softmax_lse
     (nheads, total_q).
-    Raises ValueError or TypeError for arguments that do not fit together, NotImplementedError for block_table. On a GPU
-    the values of cu_seqlens_q and cu_seqlens_k are not checked, and queries beyond max_seqlen_q are not computed.
+    Raises ValueError or TypeError for arguments that do not fit together. On a GPU the values of cu_seqlens_q,
+    cu_seqlens_k and block_table are not checked, and queries beyond max_seqlen_q are not computed.
     """
     if block_table is not None:
-        raise NotImplementedError(
-            "block_table is not supported yet: it follows with lmops' paged KV cache."
-            " Until then k and v must be (total_k, nheads_k, headdim), with block_table=None"
-        )
+        if dropout_p:
+            raise NotImplementedError(f"dropout_p must be 0 with block_table, got {dropout_p}: pages are for inference")
+        _check_layouts(
+            q=(q, "total_q nheads headdim"), k=(k, "n_blocks block_size nheads_k headdim"),
+            v=(v, "n_blocks block_size nheads_k headdim_v"), block_table=(block_table, "batch blocks"),
+            cu_seqlens_q=(cu_seqlens_q, "batch+1"), cu_seqlens_k=(cu_seqlens_k, "batch+1"),
+        )  # fmt: skip
+        out, lse = paged_attention_of_tokens(
+            q, KVPages(k, v), block_table, cu_seqlens_k.diff(), cu_q=cu_seqlens_q, max_q=max_seqlen_q,
+            scale=softmax_scale, causal=causal, window=check_window(window_size, "window_size"),
+            softcap=max(softcap, 0), slopes=alibi_slopes,
+        )  # fmt: skip
+        return (out, lse, None) if return_attn_probs else out
     _check_layouts(
         q=(q, "total_q nheads headdim"),
         k=(k, "total_k nheads_k headdim"),
@@ -210,6 +227,116 @@ def flash_attn_varlen_qkvpacked_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs,
         cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
     )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of q over a cache, which k and v are appended to first, in place: a step of decoding in one call.
+
+    q: (batch, seqlen_q, nheads, headdim). k_cache, v_cache: (batch_cache, seqlen_cache, nheads_k, headdim), row n of it
+        being sequence n's, or row cache_batch_idx[n], (batch,) int32; or with block_table (batch, blocks) int32 pages
+        (n_blocks, block_size, nheads_k, headdim), where block_table[n, i] has the tokens i block_size and following.
+    k, v: (batch, seqlen_new, nheads_k, headdim), written behind the cache_seqlens tokens that are there.
+    cache_seqlens: (batch,) int32, or one number for all; by default all of the cache is filled.
+    cache_leftpad: (batch,) int32, how many slots at the start of a row hold nothing; not with block_table.
+    rotary_cos, rotary_sin: (n_positions, rotary_dim / 2): k is rotated by its place in the cache; q likewise if causal
+        or with a window, else all of it by cache_seqlens. rotary_interleaved: pairs are (2 i, 2 i + 1), else
+        (i, i + rotary_dim / 2). Only with k and v.
+    softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`, where seqlen_k is what the cache
+        holds after appending.
+
+    Returns out, (batch, seqlen_q, nheads, headdim), and with return_softmax_lse also the LSE (batch, nheads, seqlen_q).
+    Raises ValueError or TypeError for arguments that do not fit together, before anything is written. On a GPU values
+    of cache_seqlens, cache_batch_idx and block_table are not checked: tokens that have no place are not written.
+    """
+    cache = "n_blocks block_size" if block_table is not None else "batch_cache seqlen_cache"
+    _check_layouts(
+        q=(q, "batch seqlen_q nheads headdim"),
+        k_cache=(k_cache, f"{cache} nheads_k headdim"),
+        v_cache=(v_cache, f"{cache} nheads_k headdim_v"),
+    )
+    batch, seqlen_q = q.shape[:2]
+    size = k_cache.shape[1]
+    if block_table is not None and (cache_batch_idx is not None or cache_leftpad is not None):
+        name = "cache_leftpad" if cache_batch_idx is None else "cache_batch_idx"
+        raise ValueError(f"{name} must be None with block_table, which says where tokens are")
+    if block_table is not None:
+        table = block_table
+    elif cache_batch_idx is not None:
+        table = cache_batch_idx[:, None]
+    elif k_cache.shape[0] < batch:
+        raise ValueError(f"k_cache must have a row for each of the {batch} sequences of q, got {k_cache.shape[0]}")
+    else:
+        table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
+    if cache_seqlens is None or isinstance(cache_seqlens, int):
+        n = table.shape[1] * size if cache_seqlens is None else cache_seqlens
+        cache_seqlens = torch.full((batch,), n, dtype=torch.int32, device=q.device)
+    for name, t in (("cache_seqlens", cache_seqlens), ("cache_batch_idx", cache_batch_idx), ("leftpad", cache_leftpad)):
+        if t is not None and (t.shape != (batch,) or t.dtype != torch.int32 or t.device != q.device):
+            raise ValueError(
+                f"{name} must be int32 of shape ({batch},) on {q.device}, got {t.dtype} of shape {tuple(t.shape)} on"
+                f" {t.device}"
+            )
+    pages = KVPages(k_cache, v_cache)
+    if (k is None) != (v is None):
+        raise ValueError("k and v must be given together")
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("rotary_cos and rotary_sin must be given together")
+    window = check_window(window_size, "window_size")
+    if k is not None and v is not None:
+        _check_layouts(q=(q, "batch seqlen_q nheads headdim"), k=(k, "batch seqlen_new nheads_k headdim"),
+                       v=(v, "batch seqlen_new nheads_k headdim_v"))  # fmt: skip
+        first = cache_seqlens.long()[:, None]
+        positions = first + torch.arange(k.shape[1], device=q.device)
+        slots = _slots(table, positions, size)
+        if rotary_cos is not None and rotary_sin is not None:
+            moving = causal or window != (None, None)
+            places = first + torch.arange(seqlen_q, device=q.device) * int(moving)  # (batch, seqlen_q)
+            q, _ = rope(q, None, rotary_cos, rotary_sin, positions=places, interleaved=rotary_interleaved)
+        store_kv(
+            k.flatten(0, 1), v.flatten(0, 1), pages, slots.flatten(), cos=rotary_cos, sin=rotary_sin,
+            positions=None if rotary_cos is None else positions.flatten(), interleaved=rotary_interleaved,
+        )  # fmt: skip
+        cache_seqlens = cache_seqlens + k.shape[1]
+    elif rotary_cos is not None:
+        raise ValueError("rotary_cos must be None without k and v: it rotates what is appended")
+    out, lse = paged_attention_of_tokens(
+        q.flatten(0, 1), pages, table, cache_seqlens, max_q=seqlen_q, leftpad=cache_leftpad, scale=softmax_scale,
+        causal=causal, window=window, softcap=max(softcap, 0), slopes=alibi_slopes,
+    )  # fmt: skip
+    out = out.view(batch, seqlen_q, *out.shape[1:])
+    return (out, lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1)) if return_softmax_lse else out
+
+
+def _slots(table: Tensor, positions: Tensor, size: int) -> Tensor:
+    """The slot of each position (batch, n). Where a row of the table ends before it -1, on a CPU ValueError."""
+    inside = positions < table.shape[1] * size
+    if table.device.type == "cpu" and not inside.all():
+        raise ValueError(
+            f"cache_seqlens with the tokens of k must be at most {table.shape[1] * size}, what the cache has room for,"
+            f" got {int(positions.max()) + 1}"
+        )
+    block = table.long().gather(1, (positions // size).clamp(max=table.shape[1] - 1))
+    return torch.where(inside & (block >= 0), block * size + positions % size, -1)
 
 
 def _check_layouts(**arguments: tuple[Tensor, str]) -> None:

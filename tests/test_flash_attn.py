@@ -14,7 +14,9 @@ from lmops.flash_attn import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
+from lmops.reference.paged_cache import rotate
 from lmops.testing import assert_accurate
 
 INF = float("inf")
@@ -317,6 +319,99 @@ def test_compile_fullgraph(path):
         torch.testing.assert_close(a, b)
 
 
+PAGED = torch.tensor([[5, 0, 3], [2, 6, -1]], dtype=torch.int32)  # blocks of 8
+LENGTHS = (19, 6)  # tokens in the cache; what else it holds is NaN
+ANGLES = torch.arange(24.0)[:, None] * 0.3 ** torch.arange(4)
+CACHED = {
+    "nothing new": {"n_new": 0},
+    "nothing new, several queries": {"n_new": 0, "n_queries": 3, "causal": True},
+    "a token": {},
+    "a token, pages": {"paged": True},
+    "rotated": {"rotary": True, "causal": True, "n_new": 3, "n_queries": 3},
+    "rotated, pages, halves": {"rotary": True, "paged": True, "rotary_interleaved": False, "window_size": (7, 0)},
+    "rotated, queries at one place": {"rotary": True, "n_new": 2, "n_queries": 3},
+    "rows by number": {"cache_batch_idx": torch.tensor([2, 0], dtype=torch.int32), "causal": True},
+    "one length": {"cache_seqlens": 6, "paged": True},
+    "padded on the left": {"cache_leftpad": torch.tensor([4, 0], dtype=torch.int32), "softcap": 3.0, "rotary": True},
+    "alibi": {"alibi_slopes": SLOPES_A_SEQUENCE, "causal": True, "n_new": 2, "n_queries": 2, "paged": True},
+}
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_with_kvcache(path, name):
+    """Against the formula on each sequence's own keys, appended and rotated by hand."""
+    options = dict(CACHED[name])
+    paged, rotary = options.pop("paged", False), options.pop("rotary", False)
+    n_new, n_queries = options.pop("n_new", 1), options.pop("n_queries", 1)
+    lengths = [options["cache_seqlens"]] * 2 if "cache_seqlens" in options else list(LENGTHS)
+    rows = options.get("cache_batch_idx", torch.arange(2)).tolist()
+    pads = options.get("cache_leftpad", torch.zeros(2)).int().tolist()
+    interleaved = options.get("rotary_interleaved", True)
+    q = torch.randn(2, n_queries, 4, 16)
+    new = [torch.randn(2, n_new, 2, 16) for _ in range(2)]
+    held = [[torch.randn(n, 2, 16) for n in lengths] for _ in range(2)]  # of k and v, a sequence
+    caches = [torch.full((7, 8, 2, 16) if paged else (3, 24, 2, 16), float("nan")) for _ in range(2)]
+
+    def row(cache, n):
+        """The slots of sequence n, one behind the other: a copy."""
+        return cache[PAGED[n].clamp(min=0).long()].flatten(0, 1) if paged else cache[rows[n]]
+
+    for cache, sequences in zip(caches, held, strict=True):
+        for n, tokens in enumerate(sequences):
+            for j in range(pads[n], len(tokens)):
+                block, slot = (int(PAGED[n, j // 8]), j % 8) if paged else (rows[n], j)
+                cache[block, slot] = tokens[j]
+    expected = []
+    for n in range(2):
+        at = torch.arange(lengths[n], lengths[n] + n_new)
+        moving = options.get("causal", False) or "window_size" in options
+        places = lengths[n] + torch.arange(n_queries) * int(moving)
+        turn = (lambda x, at: rotate(x, ANGLES[at].cos(), ANGLES[at].sin(), interleaved)) if rotary else lambda x, at: x
+        keys = torch.cat((held[0][n], turn(new[0][n], at)))[None, pads[n] :]
+        values = torch.cat((held[1][n], new[1][n]))[None, pads[n] :]
+        given = {k: v for k, v in options.items() if k in ("causal", "window_size", "softcap")}
+        slopes = None if "alibi_slopes" not in options else options["alibi_slopes"][n]
+        expected.append((*formula(turn(q[n], places)[None], keys, values, alibi_slopes=slopes, **given), keys, values))
+
+    if "cache_seqlens" not in options:
+        options["cache_seqlens"] = torch.tensor(lengths, dtype=torch.int32)
+    if paged:
+        options["block_table"] = PAGED
+    if rotary:
+        options |= {"rotary_cos": ANGLES.cos(), "rotary_sin": ANGLES.sin()}
+    if n_new:
+        options |= {"k": new[0], "v": new[1]}
+    before = [cache.isnan().sum().item() for cache in caches]
+    moved = [cache.to(path.device) for cache in caches]
+    on = {k: v.to(path.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    out, lse = flash_attn_with_kvcache(q.to(path.device), *moved, return_softmax_lse=True, **on)
+    torch.testing.assert_close(out.cpu(), torch.cat([e[0] for e in expected]), atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(lse.cpu(), torch.cat([e[1] for e in expected]), atol=2e-6, rtol=2e-5)
+    for kind, cache in enumerate(moved):
+        cache = cache.cpu()
+        for n in range(2):
+            found = row(cache, n)[pads[n] : lengths[n] + n_new]
+            torch.testing.assert_close(found, expected[n][2 + kind][0], atol=1e-6, rtol=1e-6)
+        assert cache.isnan().sum() == before[kind] - 2 * n_new * 2 * 16  # nothing else was written
+
+
+def test_varlen_over_pages(path):
+    """Queries of two sequences over pages, with their lengths as flash-attn wants them."""
+    k, v = (torch.randn(7, 8, 2, 16) for _ in range(2))
+    q = torch.randn(5, 4, 16)
+    cu_q, cu_k = (torch.tensor([0, *x], dtype=torch.int32) for x in ((3, 5), (19, 32)))
+    keys, values = (
+        torch.cat([t[PAGED[0].long()].flatten(0, 1)[:19], t[PAGED[1, :2].long()].flatten(0, 1)[:13]]) for t in (k, v)
+    )
+    expected = formula_varlen(q, keys, values, [3, 2], [19, 13], causal=True)
+    on = [t.to(path.device) for t in (q, k, v, cu_q, cu_k)]
+    out, lse, _ = flash_attn_varlen_func(
+        *on, 3, 19, causal=True, block_table=PAGED.to(path.device), return_attn_probs=True
+    )
+    torch.testing.assert_close(out.cpu(), expected[0], atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(lse.cpu(), expected[1], atol=2e-6, rtol=2e-5)
+
+
 TAIL = (
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,"
     " deterministic=False, return_attn_probs=False"
@@ -330,6 +425,12 @@ SIGNATURES = {
     ),
     "flash_attn_varlen_kvpacked_func": f"(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {TAIL})",
     "flash_attn_varlen_qkvpacked_func": f"(qkv, cu_seqlens, max_seqlen, {TAIL})",
+    "flash_attn_with_kvcache": (
+        "(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,"
+        " cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,"
+        " window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,"
+        " return_softmax_lse=False)"
+    ),
 }
 
 
@@ -348,6 +449,13 @@ CU = torch.tensor([0, 2, 6], dtype=torch.int32)
 
 def varlen(q=Q[0], k=K[0], v=V[0], cu_q=CU, cu_k=CU, max_q=4, max_k=4, **options):
     return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+
+N, COS, PAGES = torch.ones(2, dtype=torch.int32), torch.ones(9, 4), torch.zeros(2, 1, dtype=torch.int32)
+
+
+def kvcache(q=Q, k_cache=K, v_cache=V, **options):
+    return flash_attn_with_kvcache(q, k_cache, v_cache, **options)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +510,30 @@ def varlen(q=Q[0], k=K[0], v=V[0], cu_q=CU, cu_k=CU, max_q=4, max_k=4, **options
         (ValueError, "^cu_seqlens_q must be int32 .*got torch.int64", lambda: varlen(cu_q=CU.long())),
         (ValueError, r"^cu_seqlens_k must start at 0.* 6 tokens given, got \[0, 4, 12\]", lambda: varlen(cu_k=2 * CU)),
         (ValueError, "^max_seqlen_q is 3, the longest .* 4", lambda: varlen(max_q=3)),
-        (NotImplementedError, "^block_table is not supported yet", lambda: varlen(block_table=CU[None])),
+        (
+            NotImplementedError,
+            "^dropout_p must be 0 with block_table",
+            lambda: varlen(block_table=PAGES, dropout_p=0.1),
+        ),
+        (
+            ValueError,
+            r"^k must be \(n_blocks, block_size, nheads_k, headdim=16\)",
+            lambda: varlen(k=K[0], block_table=PAGES),
+        ),
+        (
+            ValueError,
+            r"^cache_leftpad must be None with block_table",
+            lambda: kvcache(block_table=PAGES, cache_leftpad=N),
+        ),
+        (ValueError, r"^cache_seqlens must be int32 of shape \(2,\)", lambda: kvcache(cache_seqlens=N.long())),
+        (ValueError, r"^k and v must be given together", lambda: kvcache(k=K)),
+        (ValueError, r"^rotary_cos must be None without k and v", lambda: kvcache(rotary_cos=COS, rotary_sin=COS)),
+        (ValueError, r"^cache_seqlens with the tokens of k must be at most 6", lambda: kvcache(k=K, v=V)),
+        (
+            ValueError,
+            r"^k_cache must have a row for each of the 2 sequences",
+            lambda: kvcache(k_cache=K[:1], v_cache=V[:1]),
+        ),
         (
             ValueError,
             r"^kv must be \(total_k, 2, nheads_k, headdim=16\), got",
