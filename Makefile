@@ -59,6 +59,8 @@ gpu: $(VENV)/.dev $(VENV)/.model  ## on a machine with a GPU: the tests there, t
 	$(BIN)/python -m benchmarks norm --device cuda --csv bench-norm.csv
 	$(BIN)/python -m benchmarks rope --device cuda --csv bench-rope.csv
 	$(BIN)/python -m benchmarks activation --device cuda --csv bench-activation.csv
+	$(BIN)/python -m benchmarks paged_cache --device cuda --csv bench-paged-cache.csv
+	$(BIN)/python -m benchmarks paged_attention --device cuda --csv bench-paged-attention.csv
 	$(BIN)/python -m benchmarks.bench_generate --model "$(MODEL)"
 
 clean:

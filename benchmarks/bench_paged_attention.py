@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks.harness import Benchmark, Variant
 from lmops.ops.paged_attention import paged_attention
 from lmops.ops.paged_cache import KVPages
 from lmops.reference.paged_attention import paged_attention as reference
-from lmops.reference.paged_cache import quantize_rows
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 16
 LARGEST = 1 << 21  # tokens in all: 8 GiB of keys and values in 16 bits
@@ -31,18 +30,11 @@ def ragged(batch: int, size: int, dtype: torch.dtype, device: torch.device) -> t
     return query, k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), table, lengths.int().to(device)
 
 
-def quantized(form: str, batch: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """The same, and behind it the codes and the scales of keys and values, which the numbers are those of."""
-    query, k, v, *rest = ragged(batch, size, dtype, device)
-    packed = [t for x in (k, v) for t in quantize_rows(x, form, torch.float16)]
-    return query, k, v, *rest, *packed
-
-
 def ours(query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
     return paged_attention(query, KVPages(k, v), table, lengths)  # type: ignore[return-value]
 
 
-def plain(query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, *packed: Tensor) -> Tensor:
+def plain(query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
     return reference(query, k, v, table, lengths, torch.arange(len(query) + 1, dtype=torch.int32))[0]
 
 
@@ -52,6 +44,23 @@ def gathered(query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor
     mask = torch.arange(keys.shape[2], device=query.device) < lengths[:, None]
     out = F.scaled_dot_product_attention(query[:, :, None], keys, values, mask[:, None, None], enable_gqa=True)
     return out[:, :, 0]
+
+
+kept = WeakIdKeyDictionary()
+
+
+def contiguous(query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    """What pages cost: torch's attention a sequence over contiguous keys and values, which are made once."""
+    if k not in kept:
+        kept[k] = [
+            [t[row[: -(-n // BLOCK)].long()].flatten(0, 1)[:n].transpose(0, 1).contiguous()[None] for t in (k, v)]
+            for row, n in zip(table, lengths.tolist(), strict=True)
+        ]
+    outs = [
+        F.scaled_dot_product_attention(q[None, :, None], keys, values, enable_gqa=True)
+        for q, (keys, values) in zip(query, kept[k], strict=True)
+    ]
+    return torch.cat(outs)[:, :, 0]
 
 
 def of_flash_attn(query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
@@ -89,15 +98,9 @@ def of_vllm(query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor)
     return out
 
 
-def with_scales(form: str, query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, *packed: Tensor) -> Any:
-    k_codes, k_scale, v_codes, v_scale = packed
-    return paged_attention(query, KVPages(k_codes, v_codes, k_scale, v_scale), table, lengths)
-
-
-def held(query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, *packed: Tensor) -> int:
+def held(query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> int:
     """Bytes of the keys and values that are seen, of queries and of the output."""
-    a_token = sum(t[0, 0].nbytes for t in packed or (k, v))
-    return int(lengths.sum()) * a_token + 2 * query.nbytes
+    return int(lengths.sum()) * (k[0, 0].nbytes + v[0, 0].nbytes) + 2 * query.nbytes
 
 
 def case(batch: int) -> Benchmark:
@@ -105,7 +108,13 @@ def case(batch: int) -> Benchmark:
         f"paged decode batch {batch}",
         "paged_attention",
         partial(ragged, batch),
-        {"lmops": ours, "flash-attn": of_flash_attn, "FlashInfer": of_flashinfer, "vLLM": of_vllm},
+        {
+            "lmops": ours,
+            "contiguous": contiguous,
+            "flash-attn": of_flash_attn,
+            "FlashInfer": of_flashinfer,
+            "vLLM": of_vllm,
+        },
         plain,
         held,
         (1_024, 8_192, 32_768, 131_072),

@@ -89,7 +89,7 @@ def decode(tile, dtype, FORMAT: tl.constexpr):
         pairs = tl.join(tile & 15, tile >> 4)  # (N, bytes, 2)
         return pairs.reshape(tile.shape[0], 2 * tile.shape[1]).to(dtype)
     else:
-        return tile
+        return tile.to(dtype)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from lmops.ops.attention import scaled_dot_product_attention
 from lmops.ops.int8_matmul import int8_matmul
 from lmops.ops.loss import cross_entropy, kl_div, linear_cross_entropy, linear_kl_div
 from lmops.ops.norm import layer_norm, rms_norm
+from lmops.ops.paged_attention import paged_attention
 from lmops.ops.paged_cache import KVPages, store_kv
 from lmops.ops.quantized_embedding import quantized_embedding
 from lmops.ops.quantized_matmul import quantized_matmul
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "log_softmax",
     "optimize",
+    "paged_attention",
     "quantized_embedding",
     "quantized_matmul",
     "restore",

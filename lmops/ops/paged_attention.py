@@ -66,6 +66,8 @@ def _cpu(
         else:
             keys = _gather(k, k_scale, blocks)[:, skip : skip + n][None]
             values = _gather(v, v_scale, blocks)[:, skip : skip + n][None]
+        if keys.dtype != queries.dtype:
+            keys, values = keys.to(queries.dtype), values.to(queries.dtype)
         out, lse = attention_cpu(
             queries.narrow(2, ends[s], q_len), keys, values,
             None, slopes[s] if slopes is not None and slopes.ndim == 2 else slopes, sinks, None, None, None,
@@ -348,7 +350,8 @@ def paged_attention(
     query: one token a sequence (S, H, D), equally many (S, Q, H, D), or as many as cu_seqlens_q says (T, H, D);
         float16, bfloat16 or float32. The last query of a sequence has the position of its last key, which has been
         stored already: decoding a token, verifying drafts and prefilling a chunk are one call, of one ragged batch.
-    pages: of one layer, in query's dtype or quantized. Query head h takes key head h // (H / KV).
+    pages: of one layer, in query's dtype, of 16 bits for float32, or quantized. Query head h takes key head
+        h // (H / KV).
     block_table: (S, width) int32: block i of a sequence holds its tokens i block_size and following. Entries behind
         context_lens, and before a window, are not looked at.
     context_lens: (S,) int32, how many tokens of a sequence have a key, those of query included. 0: nothing is seen.
@@ -416,8 +419,8 @@ def paged_attention_of_tokens(
     n_tokens, n_heads, head_dim = query.shape
     if query.dtype not in FLOATS:
         raise TypeError(f"query must be float16, bfloat16 or float32, got {query.dtype}")
-    if pages.format == "native" and pages.k.dtype != query.dtype:
-        raise TypeError(f"query must be {pages.k.dtype} like the pages, got {query.dtype}")
+    if pages.format == "native" and query.dtype not in (pages.k.dtype, torch.float32):
+        raise TypeError(f"query must be {pages.k.dtype} like the pages, or float32, got {query.dtype}")
     if query.device != pages.k.device:
         raise TypeError(f"query must be on {pages.k.device} like the pages, got {query.device}")
     if head_dim != pages.head_dim:
