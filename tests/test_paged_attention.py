@@ -1,7 +1,7 @@
 """lmops.paged_attention: the reference, the CPU implementation and the kernels."""
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from lmops.testing import assert_accurate
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 RAGGED = ((0, 0), (1, 1), (40, 1), (0, 2), (131, 6), (70, 70))  # keys and queries of each sequence
 NAN = float("nan")
+FORMS = ("native", "int8", "fp8", "int4")
 
 
 @dataclass
@@ -124,12 +125,14 @@ def test_reference_is_dense_attention_of_each_sequence():
     assert torch.equal(lse[:, :4], l[0])
 
 
+COMPILED = {  # what the simulator runs of all: each is a kernel of its own, and compiling it takes longest
+    (1, BF16, "native"), (17, BF16, "native"), (17, HALF, "int4"), (64, BF16, "native"), (64, BF16, "int8"),
+    (64, HALF, "int4"), *((16, BF16, form) for form in FORMS), (16, HALF, "native"), (16, HALF, "fp8"),
+    (16, FP32, "native"), (16, FP32, "int8"),
+}  # fmt: skip
 MATRIX = [
-    (block_size, dtype, form)
-    for block_size in (1, 16, 17, 64)
-    for dtype in (BF16, HALF, FP32)
-    for form in ("native", "int8", "fp8", "int4")
-    if form == "native" or dtype == BF16 or block_size in (16, 17)
+    pytest.param(*one, marks=() if one in COMPILED else pytest.mark.not_simulated)
+    for one in product((1, 16, 17, 64), (BF16, HALF, FP32), FORMS)
 ]
 
 
@@ -138,11 +141,23 @@ def test_ragged_batch(path, block_size, dtype, form):
     check(make(block_size=block_size, dtype=dtype, form=form), path)
 
 
+GEOMETRIES = [
+    (1, 1, 16, 16),
+    (4, 4, 64, 64),
+    (6, 2, 80, 80),
+    (8, 1, 128, 128),
+    (5, 1, 24, 40),
+    (2, 1, 256, 256),
+    (2, 2, 6, 10),
+]
+
+
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "value_dim"),
-    [(1, 1, 16, 16), (4, 4, 64, 64), (6, 2, 80, 80), (8, 1, 128, 128), (5, 1, 24, 40), (2, 1, 256, 256), (2, 2, 6, 10)],
+    ("heads", "kv_heads", "dim", "value_dim", "form"),
+    [(*one, "native") for one in GEOMETRIES]
+    + [(*one, "int4") for one in GEOMETRIES if one[2] in (6, 16, 256)]
+    + [pytest.param(*one, "int8", marks=pytest.mark.not_simulated) for one in GEOMETRIES],
 )
-@pytest.mark.parametrize("form", ["native", "int4"])
 def test_decode(path, heads, kv_heads, dim, value_dim, form):
     case = make(
         ((37, 1), (1, 1), (64, 1)), heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim, dtype=HALF, form=form
@@ -203,8 +218,7 @@ def test_keys_are_split_over_programs(path, monkeypatch, form, options):
         assert (lse[:, 2] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("shared", [64, 160])
-@pytest.mark.parametrize("form", ["native", "int8"])
+@pytest.mark.parametrize(("shared", "form"), [(64, "int8"), (160, "native")])
 def test_shared_prefix(path, shared, form):
     """The first keys of all sequences are read once for all queries; the result is what it is without."""
     sequences = ((200, 1), (shared + 3, 3), (165, 5))
@@ -252,7 +266,7 @@ def test_nan_that_is_seen_reaches_those_who_see_it(path):
     check(case, path)
 
 
-@pytest.mark.parametrize("form", ["native", "int8", "int4"])
+@pytest.mark.parametrize("form", ["native", "int4"])
 def test_views_of_pages_and_queries(path, form):
     """Strides as they come: heads of a fused projection, pages of every second block, a table cut from a larger one."""
     case = make(((50, 2), (20, 2)), dtype=HALF, form=form)
