@@ -101,12 +101,16 @@ def _backward_cpu(dy: Tensor, x: Tensor, up: Tensor | None, activation: str) -> 
     to_gate, to_up = _halves(dx, None if up is None else dup)
     compute = torch.promote_types(x.dtype, torch.float32)
     gate, up_half, dy = gate.to(compute), up_half.to(compute), dy.to(compute)
-    to_up.copy_(dy * _activate(gate, activation))
+    torch.mul(dy, _activate(gate, activation), out=to_up)
+    # torch writes elsewhere what is not of the type computed in
+    into = to_gate if x.dtype == compute else torch.empty_like(gate)
     if activation == "silu":
-        to_gate.copy_(torch.ops.aten.silu_backward(dy * up_half, gate))
+        torch.ops.aten.silu_backward.grad_input(dy * up_half, gate, grad_input=into)
     else:
         approximate = "tanh" if activation == "gelu_tanh" else "none"
-        to_gate.copy_(torch.ops.aten.gelu_backward(dy * up_half, gate, approximate=approximate))
+        torch.ops.aten.gelu_backward.grad_input(dy * up_half, gate, approximate=approximate, grad_input=into)
+    if into is not to_gate:
+        to_gate.copy_(into)
     return dx, dup
 
 

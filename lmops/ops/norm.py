@@ -248,11 +248,22 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     compute, n_cols = stats.dtype, x.shape[-1]
     z, g = x.to(compute), dy.to(compute)
+    sums = stats.new_zeros(dweight + dbias, n_cols)
+    if not x.numel():
+        return torch.empty_like(x), sums
+    rstd = stats[0].unsqueeze(-1)
+    if centred and n_cols > 1:  # of one number, its own mean, torch's leaves a difference of rounding errors
+        w = None if weight is None else weight.to(compute) + weight_offset
+        b = z.new_zeros(n_cols) if dbias else None  # its values take no part, but without one there is no gradient
+        d, *of_parameters = torch.ops.aten.native_layer_norm_backward(
+            g, z, (n_cols,), stats[1].unsqueeze(-1), rstd, w, b, (True, dweight, dbias)
+        )
+        for into, parameter in zip(sums, [p for p in of_parameters if p is not None], strict=True):
+            into.copy_(parameter)
+        return torch.empty_like(x).copy_(d if dh is None else d + dh), sums
     if centred:
         z = z - stats[1].unsqueeze(-1)
-    rstd = stats[0].unsqueeze(-1)
     z = z * rstd
-    sums = stats.new_empty(dweight + dbias, n_cols)
     if dweight:
         sums[0] = (g * z).flatten(0, -2).sum(0) if x.ndim > 1 else g * z
     if dbias:
