@@ -305,13 +305,13 @@ def test_optimize_changes_one_instance():
     labels = tokens.masked_fill(padding("left") == 0, -100)
     expected = first(tokens, labels=labels)
     report = lmops.optimize(first, verify={"input_ids": tokens})
-    assert [(item.name, item.what) for item in report.replaced if item.what != "rms_norm"] == [
+    assert [(item.name, item.what) for item in report.replaced if item.what not in ("rms_norm", "swiglu")] == [
         ("model.layers.0.self_attn", "attention"), ("model.layers.1.self_attn", "attention"), ("", "cross_entropy"),
     ]  # fmt: skip
     assert sum(item.what == "rms_norm" for item in report.replaced) == 5
     with implementation("torch") as calls:
         out = first(tokens, labels=labels)
-    assert calls.count == 3 + 5
+    assert calls.count == 3 + 5 + 2
     assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     with implementation("torch") as calls:
         second(tokens, labels=labels)
@@ -325,6 +325,30 @@ def test_optimize_changes_one_instance():
 
 
 @pytest.mark.parametrize(
+    ("family", "settings", "found"),
+    [
+        ("Llama", {}, "swiglu"),
+        ("Phi3", {}, "swiglu"),
+        ("Gemma2", {}, "geglu"),
+        ("Llama", {"hidden_act": "gelu"}, "geglu, exact"),
+        ("Llama", {"hidden_act": "relu"}, None),
+    ],
+)
+def test_gated_activations_are_found_out(family, settings, found):
+    model = build(family, **{**DECODERS[family], **settings})
+    model.set_attn_implementation("eager")
+    tokens = torch.randint(3, 97, (2, 12))
+    report = lmops.optimize(model, attention=False, loss=False, verify=tokens)
+    names = [f"model.layers.{i}.mlp" for i in range(2)]
+    assert [(i.name, i.what) for i in report.replaced if i.name in names] == [(n, found) for n in names if found]
+    assert [i.name for i in report.kept] == ([] if found else names)
+    n_norms = sum(i.what == "rms_norm" for i in report.replaced)
+    with implementation("torch") as calls:
+        model(tokens).logits.sum().backward()
+    assert calls.count == 2 * (n_norms + 2 * bool(found))
+
+
+@pytest.mark.parametrize(
     ("family", "n_norms"), [("Qwen3", 9), ("Gemma2", 9), ("Gemma3", 13), ("GptOss", 5), ("T5", 12)]
 )
 def test_norms_are_found_out(family, n_norms):
@@ -335,11 +359,11 @@ def test_norms_are_found_out(family, n_norms):
     tokens = torch.randint(3, 97, (2, 12))
     inputs = {"input_ids": tokens, "decoder_input_ids": tokens} if family == "T5" else {"input_ids": tokens}
     report = lmops.optimize(model, attention=False, loss=False, verify=inputs)
-    assert [item.what for item in report.replaced] == ["rms_norm"] * n_norms
+    assert [item.what for item in report.replaced if "glu" not in item.what] == ["rms_norm"] * n_norms
     assert not report.kept
-    assert {type(m).__name__ for m in model.modules() if "forward" in m.__dict__} <= {
-        "Qwen3RMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "GptOssRMSNorm", "T5LayerNorm",
-    }  # fmt: skip
+    assert {type(m).__name__ for m in model.modules() if "_lmops_eps" in m.__dict__} == {
+        "T5LayerNorm" if family == "T5" else f"{family}RMSNorm"
+    }
 
 
 def test_optimize_a_model_inside_another_module():
@@ -633,14 +657,14 @@ def test_activation_checkpointing(reentrant):
     found = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.zero_grad()
         torch.manual_seed(7)
         with implementation("torch") as calls:
             loss = model(tokens, labels=tokens).loss
             loss.backward()
         found.append((calls.count, loss.item(), grads(model)))
-    assert found[1][0] == found[0][0] + 2 * 3  # attention and two norms of a layer run again in the backward
+    assert found[1][0] == found[0][0] + 2 * 4  # attention, two norms and SwiGLU of a layer run again in the backward
     assert found[0][1] == found[1][1]
     assert torch.allclose(found[0][2], found[1][2], atol=1e-6)
 

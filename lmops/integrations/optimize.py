@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lmops.ops._register import OPERATORS
+from lmops.ops.activation import geglu, swiglu
 from lmops.ops.attention import attention as attend
 from lmops.ops.attention import scaled_dot_product_attention
 from lmops.ops.loss import cross_entropy
@@ -39,6 +41,7 @@ EDITS = "_lmops_edits"  # the attribute of a model that has what to undo
 ATTENTION = ("attention_forward", "attention_backward")
 SOFTMAX = ("softmax_forward", "softmax_backward")
 NORM = ("norm", "norm_forward", "norm_backward")
+GATED = ("gated_forward", "gated_backward")
 LOSS = ("cross_entropy_forward", "cross_entropy_backward")
 
 
@@ -200,8 +203,9 @@ def optimize(
         torch.nn.MultiheadAttention where weights are not asked for; and torch's scaled_dot_product_attention in the
         forward of other modules.
     softmax: torch.nn.Softmax and LogSoftmax, and the functions in the forward of other modules.
-    norm: torch.nn.LayerNorm and RMSNorm, the RMSNorms of transformers where a trial gives the same result, and the
-        functions in the forward of other modules.
+    norm: torch.nn.LayerNorm and RMSNorm, in transformers RMSNorms and the gated activations of MLPs (SwiGLU, GeGLU)
+        where a trial gives the same result, and the functions in the forward of other modules. RoPE of transformers is
+        a function of a whole file, which no instance owns.
     loss: torch.nn.CrossEntropyLoss, the losses of transformers' causal and masked language models, and cross_entropy in
         the forward of other modules.
     linear: "int4" or "int8" weights, with a scale and a zero point for every group_size columns; "fp8", with a scale a
@@ -521,6 +525,8 @@ def _transformers(work: _Work, kinds: set[str]) -> None:
                 for inner, layer in module.named_modules(prefix=name):
                     if type(layer).__name__.endswith("Norm") and not work.skipped(inner):
                         _transformers_norm(work, inner, layer)
+                    elif set(layer._modules) in (SEPARATE, FUSED) and not work.skipped(inner):
+                        _transformers_mlp(work, inner, layer)
 
 
 def _transformers_attention(work: _Work, prefix: str, model: Any) -> None:
@@ -587,6 +593,55 @@ def _transformers_norm(work: _Work, name: str, norm: Any) -> None:
     work.set(norm, "_lmops_eps", eps)
     work.set(norm, "_lmops_offset", offset)
     return work.replace_forward(name, norm, _transformers_norm_forward, "rms_norm", NORM)
+
+
+# the children of an MLP that computes down(activation(gate(x)) * up(x)), with its two halves as two layers or as one
+SEPARATE, FUSED = {"gate_proj", "up_proj", "down_proj", "act_fn"}, {"gate_up_proj", "down_proj", "activation_fn"}
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "swiglu": swiglu, "geglu": geglu, "geglu, exact": partial(geglu, approximate="none"),
+}  # fmt: skip
+
+
+@_named_forward
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(ACTIVATIONS[self._lmops_activation](self.gate_proj(x), self.up_proj(x)))
+
+
+@_named_forward
+def _fused_mlp_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    return self.down_proj(ACTIVATIONS[self._lmops_activation](self.gate_up_proj(hidden_states)))
+
+
+class _WithoutProjections:
+    """An MLP to its class's forward, whose linear layers are replaced."""
+
+    def __init__(self, mlp: nn.Module, **layers: Callable[[Tensor], Tensor]) -> None:
+        self.__dict__.update(layers)
+        self.mlp = mlp
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.mlp, name)
+
+
+def _transformers_mlp(work: _Work, name: str, mlp: nn.Module) -> None:
+    """Replace the activation of a gated MLP; which it is, and that there is nothing else, is found out by trying."""
+    takes = list(inspect.signature(type(mlp).forward).parameters)
+    if not type(mlp).__module__.startswith("transformers.") or len(takes) != 2:
+        return None
+    gate, up = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0)) * 3
+    layers: dict[str, Callable[[Tensor], Tensor]] = {
+        "gate_proj": lambda x: gate, "up_proj": lambda x: up, "gate_up_proj": lambda x: torch.cat([gate, up], -1),
+        "down_proj": lambda x: x,
+    }  # fmt: skip
+    with torch.no_grad():
+        expected = type(mlp).forward(_WithoutProjections(mlp, **layers), gate)
+        same = (what for what, f in ACTIVATIONS.items() if torch.allclose(f(gate, up), expected, 1e-5, 1e-6))
+        found = next(same, None)
+    if found is None:
+        return work.keep(name, mlp, "its result is not that of SwiGLU or GeGLU")
+    work.set(mlp, "_lmops_activation", found)
+    forward = _mlp_forward if set(mlp._modules) == SEPARATE else _fused_mlp_forward
+    return work.replace_forward(name, mlp, forward, found, GATED)
 
 
 def _transformers_loss(work: _Work, name: str, model: Any) -> None:
