@@ -19,6 +19,7 @@ from lmops.ops import loss as ops
 from lmops.ops._register import OPERATORS
 from lmops.ops.loss import Blocks, linear_blocks
 from lmops.ops.softmax import softmax_tile
+from lmops.quantization import QuantizedTensor
 from lmops.reference import loss as reference
 from lmops.testing import LAYOUTS, arrange, assert_accurate
 
@@ -632,12 +633,43 @@ def test_linear_kl_div(path, dtype, reverse, blocks):
             )  # fmt: skip
 
 
+HEADS = {
+    "int4": {"bits": 4, "group_size": 16, "symmetric": False},
+    "int8": {"bits": 8},
+    "fp8": {"bits": 8, "fp8": True},
+}
+
+
+@pytest.mark.parametrize("form", ["cross entropy", "divergence"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_quantized_head(path, form, head):
+    """As with the weight that it stands for, to the last bit."""
+    n, d, classes = 9, 40, 50
+    dtype = torch.bfloat16 if head == "int4" else torch.float32
+    hidden, weight, bias, target = (t.to(path.device) for t in linear(n, d, classes, dtype))
+    quantized = QuantizedTensor.quantize(weight, **HEADS[head])
+    dense = quantized.dequantize(dtype)
+
+    def loss(h, w, b):
+        if form == "cross entropy":
+            return lmops.linear_cross_entropy(h, w, target, b, label_smoothing=0.1)
+        return lmops.linear_kl_div(h, w, hidden.flip(0), w, b, bias)
+
+    with blocks_of(16, 24):
+        one = torch.ones((), dtype=dtype, device=path.device)
+        expected = gradients(lambda h, b: loss(h, dense, b), [hidden, bias], [], one)
+        actual = gradients(lambda h, b: loss(h, quantized, b), [hidden, bias], [], one)
+        without_gradients = loss(hidden, quantized, bias)
+    for a, e in zip((*actual, without_gradients), (*expected, expected[0]), strict=True):
+        assert torch.equal(a, e)
+
+
 class Allocations(TorchDispatchMode):
-    """The most memory that results of operators held at once, in bytes."""
+    """The most memory that results of operators held at once, and the largest of them, in bytes."""
 
     def __init__(self):
         super().__init__()
-        self.live, self.most = {}, 0
+        self.live, self.most, self.largest = {}, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -647,7 +679,8 @@ class Allocations(TorchDispatchMode):
                 self.live[id(t)] = (weakref.ref(t), t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
         # a view keeps memory as the tensor does that it was made from
         self.live = {key: entry for key, entry in self.live.items() if entry[0]() is not None}
-        self.most = max(self.most, sum(dict(entry[1:] for entry in self.live.values()).values()))
+        sizes = dict(entry[1:] for entry in self.live.values())
+        self.most, self.largest = max(self.most, sum(sizes.values())), max(self.largest, *sizes.values(), 0)
         return result
 
 
@@ -678,20 +711,42 @@ def test_memory_of_the_linear_form(path, dtype, factor):
     ops.linear_cross_entropy_forward(hidden, weight, bias, target, None, *options)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_memory_with_a_quantized_head(path, head, monkeypatch):
+    """The largest allocation is a chunk of the weight, of 16 classes."""
+    n, d, classes, options = 8, 64, 160, (-100, 0.0, 0.0, 0.0, 1.0)
+    hidden, weight, bias, target = (t.to(path.device) for t in linear(n, d, classes))
+    codes, quantized = ops._arguments(QuantizedTensor.quantize(weight, **HEADS[head]))
+    monkeypatch.setattr(ops, "quantized_embedding_forward", implementation_of("quantized_embedding_forward", path))
+    monkeypatch.setattr(ops, "PIECE", 2 * d)
+    forward, backward = (implementation_of(f"linear_cross_entropy_{way}", path) for way in ("forward", "backward"))
+    with blocks_of(8, 16), Allocations() as allocations:
+        state = forward(hidden, codes, bias, target, None, *options, *quantized)
+        ones, wanted = torch.ones_like(state[0]), [True, False, True]
+        backward(hidden, codes, bias, target, None, ones, state, wanted, *options, *quantized)
+    assert allocations.largest == 16 * d * 4
+    # with the logits of a chunk, pieces of it, the gradients, and statistics of the tokens
+    assert allocations.most < 3 * 16 * d * 4 < weight.nbytes / 3
+    ops.linear_cross_entropy_forward(hidden, codes, bias, target, None, *options, *quantized)
+
+
 def test_memory_at_the_size_that_is_promised():
     """8,192 tokens, 131,072 classes, 4,096 features in bfloat16: under 64 MB, with few additions to dweight."""
     hidden = torch.empty(8_192, 4_096, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(131_072, 4_096, dtype=torch.bfloat16, device="meta")
+    quantized = QuantizedTensor.empty((131_072, 4_096), device="meta")
     for heads, wanted in (
         ([(hidden, weight)], (False,) * 3),
         ([(hidden, weight)], (True, True, True)),
         ([(hidden, weight), (hidden, weight)], (True, True, True)),
         ([(hidden, weight.float())], (True, True, True)),
+        ([(hidden, quantized)], (True, False, True)),
     ):
         blocks = ops._head_blocks(heads, wanted)
         logits = len(heads) * blocks.tokens * blocks.classes * 2
         sums = blocks.tokens * 4_096 * (4 + 2) if wanted[0] else 0
-        cast = blocks.classes * 4_096 * 2 * 2 if heads[0][1].dtype == torch.float32 else 0
+        chunks = {weight: 0, quantized: 1}.get(heads[0][1], 2)  # of the weight, and of its gradient
+        cast = chunks * blocks.classes * 4_096 * 2
         a_token = 8_192 * 4 * (6 + 3 + 4) + 131_072 * 4
         assert logits + sums + cast + a_token < 64e6
         assert blocks.tokens >= 900  # 1,824 and more, but for a float32 weight, of which chunks are cast

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from lmops.ops._register import define_op, warp_size
 from lmops.ops._rows import NO_FUSION, Geometry, geometry, softmax_tile
 from lmops.ops._strides import row_layout
+from lmops.ops.quantized_embedding import quantized_embedding_forward
+from lmops.ops.quantized_matmul import Quantized
 from lmops.ops.softmax import FLOATS, NEG_INF
 from lmops.reference.loss import cross_entropy as cross_entropy_with_probabilities
+from lmops.reference.quantization import row_chunks
 
 TARGETS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
@@ -32,6 +35,8 @@ BLOCK = 1 << 18
 # what a linear form allocates at most beyond inputs, results and a few numbers a token, in bytes
 BUDGET = 60_000_000
 CPU_BUDGET = 16_000_000
+# elements of a quantized weight that a CPU dequantizes at a time
+PIECE = 1 << 16
 
 
 class Options(NamedTuple):
@@ -632,24 +637,79 @@ def linear_blocks(
     return Blocks(tokens, min(n_classes, max(classes, left // 256 * 256)))
 
 
-def _rows(weight: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows of a weight (V, d), in the type to multiply with: all that the linear forms read of it."""
-    return weight[start:stop].to(dtype)
+class Packed(NamedTuple):
+    """A quantized weight (V, d) as the operators take it: the fields of a `lmops.quantization.QuantizedTensor`."""
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    offsets: Tensor | None
+    permutation: Tensor | None
+    format: str
+    group_size: int
+    shape: tuple[int, int]
+
+
+Weight = Tensor | Packed
+
+
+def _weight(
+    weight: Tensor, width: int, scales: Tensor | None = None, zeros: Tensor | None = None,
+    offsets: Tensor | None = None, permutation: Tensor | None = None, format: str = "", group_size: int = 0,
+) -> Weight:  # fmt: skip
+    """The weight (V, width) that an operator's arguments stand for: with scales, `weight` is the packed codes of it."""
+    if scales is None:
+        return weight
+    return Packed(weight, scales, zeros, offsets, permutation, format, group_size, (weight.shape[1], width))
+
+
+def _arguments(weight: Tensor | Quantized) -> tuple[Tensor, tuple[Any, ...]]:
+    """What an operator takes for a weight: its first tensor, and the `QUANTIZED` arguments."""
+    if isinstance(weight, Tensor):
+        return weight, (None, None, None, None, "", 0)
+    parts = (weight.scales, weight.zeros, weight.offsets, weight.permutation)
+    return weight.packed, (*parts, weight.format, weight.group_size)
+
+
+def _is_converted(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether chunks of the weight are copied to be multiplied in this type."""
+    return not isinstance(weight, Tensor) or weight.dtype != dtype
 
 
 class _Head:
     """Blocks of logits = hidden @ weight.T + bias, one at a time in the same memory."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, blocks: Blocks) -> None:
+    def __init__(self, hidden: Tensor, weight: Weight, bias: Tensor | None, blocks: Blocks) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.memory = hidden.new_empty(blocks.tokens, blocks.classes)
+        self.chunk = None
+        if _is_converted(weight, hidden.dtype):
+            self.chunk = hidden.new_empty(blocks.classes, hidden.shape[1])
 
-    def logits(self, tokens: slice, classes: slice) -> Tensor:
-        h, rows = self.hidden[tokens], _rows(self.weight, classes.start, classes.stop, self.hidden.dtype)
+    def rows(self, classes: slice) -> Tensor:
+        """Rows of the weight in the type to multiply with; in memory that the next ones overwrite."""
+        weight, chunk = self.weight, self.chunk
+        if chunk is None:
+            assert isinstance(weight, Tensor)
+            return weight[classes]
+        chunk = chunk[: classes.stop - classes.start]
+        if isinstance(weight, Tensor):
+            return chunk.copy_(weight[classes])
+        *parts, _ = weight
+        # a CPU forms a few copies of what it dequantizes, so it does that in small pieces
+        pieces = PIECE if chunk.device.type == "cpu" else chunk.numel()
+        for rows in row_chunks(chunk.shape[0], chunk.shape[1], pieces):
+            ids = torch.arange(classes.start + rows.start, classes.start + rows.stop, device=chunk.device)
+            chunk[rows] = quantized_embedding_forward(ids, *parts, chunk.shape[1], chunk.dtype)
+        return chunk
+
+    def logits(self, tokens: slice, classes: slice) -> tuple[Tensor, Tensor]:
+        """A block of logits, and the rows of the weight that it comes from."""
+        h, rows = self.hidden[tokens], self.rows(classes)
         logits = self.memory[: h.shape[0], : rows.shape[0]]
         if self.bias is None:
-            return torch.mm(h, rows.t(), out=logits)
-        return torch.addmm(self.bias[classes].to(h.dtype), h, rows.t(), out=logits)
+            return torch.mm(h, rows.t(), out=logits), rows
+        return torch.addmm(self.bias[classes].to(h.dtype), h, rows.t(), out=logits), rows
 
 
 class _HeadGradient:
@@ -659,7 +719,7 @@ class _HeadGradient:
         hidden, weight, bias = head.hidden, head.weight, head.bias
         self.head = head
         self.dhidden = torch.empty_like(hidden) if wanted[0] else None
-        self.dweight = torch.empty_like(weight) if wanted[1] else None
+        self.dweight = torch.empty_like(weight) if wanted[1] and isinstance(weight, Tensor) else None
         self.dbias = hidden.new_zeros(weight.shape[0], dtype=_compute(hidden.dtype)) if wanted[2] else None
         self.bias_dtype = bias.dtype if bias is not None else hidden.dtype
         # float32 sums for a block of tokens, and a product that goes into them; float32 itself needs neither
@@ -668,7 +728,7 @@ class _HeadGradient:
             self.sums = hidden.new_empty(tokens, hidden.shape[1], dtype=torch.float32)
             self.product = hidden.new_empty(tokens, hidden.shape[1])
 
-    def add(self, tokens: slice, classes: slice, dlogits: Tensor) -> None:
+    def add(self, tokens: slice, classes: slice, dlogits: Tensor, rows: Tensor) -> None:
         h = self.head.hidden[tokens]
         if self.dbias is not None:
             self.dbias[classes] += dlogits.sum(0, dtype=self.dbias.dtype)
@@ -676,7 +736,6 @@ class _HeadGradient:
             _add_product(self.dweight[classes], dlogits.t(), h, first=tokens.start == 0)
         if self.dhidden is None:
             return
-        rows = _rows(self.head.weight, classes.start, classes.stop, h.dtype)
         if self.sums is None or self.product is None:
             _add_product(self.dhidden[tokens], dlogits, rows, first=classes.start == 0)
         else:
@@ -716,24 +775,27 @@ def _slices(n: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
-def _head_blocks(heads: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[bool] = (False,) * 3) -> Blocks:
+def _head_blocks(heads: Sequence[tuple[Tensor, Weight]], wanted: Sequence[bool] = (False,) * 3) -> Blocks:
     """Blocks for heads of (hidden, weight), of which the first has the gradients `wanted`."""
     hidden, weight = heads[0]
     width, size = hidden.shape[1], hidden.element_size()
     narrow = hidden.dtype != _compute(hidden.dtype)
     a_token = width * (4 + size) if wanted[0] and narrow else 0
-    a_class = sum(h.shape[1] * h.element_size() for h, w in heads if h.dtype != w.dtype)
-    a_class += width * size if wanted[1] and hidden.dtype != weight.dtype else 0
+    a_class = sum(h.shape[1] * h.element_size() for h, w in heads if _is_converted(w, h.dtype))
+    a_class += width * size if wanted[1] and _is_converted(weight, hidden.dtype) else 0
     a_logit = sum(h.element_size() for h, _ in heads)
     budget = CPU_BUDGET if hidden.device.type == "cpu" else BUDGET
     return linear_blocks(hidden.shape[0], weight.shape[0], a_token, a_class, a_logit, budget)
 
 
 def _linear_cross_entropy_forward(
-    run: Callable[..., None], hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-    class_weight: Tensor | None, *options: Any,
+    run: Callable[..., None], hidden: Tensor, first: Tensor, bias: Tensor | None, target: Tensor,
+    class_weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+    temperature: float, *quantized: Any,
 ) -> Tensor:  # fmt: skip
-    o, n_classes = Options(*options), weight.shape[0]
+    o = Options(ignore_index, label_smoothing, z_loss, softcap, temperature)
+    weight = _weight(first, hidden.shape[1], *quantized)
+    n_classes = weight.shape[0]
     state = hidden.new_empty((6, hidden.shape[0]), dtype=_compute(hidden.dtype))
     if hidden.shape[0]:
         blocks = _head_blocks([(hidden, weight)])
@@ -741,7 +803,7 @@ def _linear_cross_entropy_forward(
         for tokens in _slices(hidden.shape[0], blocks.tokens):
             for classes in _slices(n_classes, blocks.classes):
                 chunk = Chunk(classes.start, n_classes, last=classes.stop == n_classes)
-                x = head.logits(tokens, classes)
+                x, _ = head.logits(tokens, classes)
                 run(x, None, target[tokens], class_weight, weight_sum, None, state[:, tokens], o, chunk)
     return state[:3].clone()
 
@@ -751,20 +813,23 @@ def _linear_cross_entropy_forward_fake(hidden: Tensor, *_: Any) -> Tensor:
 
 
 def _linear_cross_entropy_backward(
-    run: Callable[..., None], hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-    class_weight: Tensor | None, grad: Tensor, state: Tensor, wanted: Sequence[bool], *options: Any,
+    run: Callable[..., None], hidden: Tensor, first: Tensor, bias: Tensor | None, target: Tensor,
+    class_weight: Tensor | None, grad: Tensor, state: Tensor, wanted: Sequence[bool], ignore_index: int,
+    label_smoothing: float, z_loss: float, softcap: float, temperature: float, *quantized: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    o, n_classes = Options(*options), weight.shape[0]
     if not hidden.shape[0]:
-        return _zeros_of_head(hidden, weight, bias, wanted)
+        return _zeros_of_head(hidden, first, bias, wanted)
+    o = Options(ignore_index, label_smoothing, z_loss, softcap, temperature)
+    weight = _weight(first, hidden.shape[1], *quantized)
+    n_classes = weight.shape[0]
     blocks = _head_blocks([(hidden, weight)], wanted)
     head, weight_sum = _Head(hidden, weight, bias, blocks), _weight_sum(class_weight, o.label_smoothing)
     gradient = _HeadGradient(head, blocks.tokens, wanted)
     for tokens in _slices(hidden.shape[0], blocks.tokens):
         for classes in _slices(n_classes, blocks.classes):
-            x, chunk = head.logits(tokens, classes), Chunk(classes.start, n_classes, forward=False)
+            (x, rows), chunk = head.logits(tokens, classes), Chunk(classes.start, n_classes, forward=False)
             run(x, x, target[tokens], class_weight, weight_sum, grad[tokens], state[:, tokens], o, chunk)
-            gradient.add(tokens, classes, x)
+            gradient.add(tokens, classes, x, rows)
     return gradient.result()
 
 
@@ -785,16 +850,20 @@ def _linear_cross_entropy_backward_fake(
     return _zeros_of_head(hidden, weight, bias, wanted)
 
 
+QUANTIZED = (
+    "Tensor? scales=None, Tensor? zeros=None, Tensor? offsets=None, Tensor? permutation=None,"
+    ' str format="", int group_size=0'
+)
 linear_cross_entropy_forward = define_op(
     "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
-    + OPTIONS + ") -> Tensor",
+    + f"{OPTIONS}, {QUANTIZED}) -> Tensor",
     triton=partial(_linear_cross_entropy_forward, _cross_entropy_launch),
     torch_cpu=partial(_linear_cross_entropy_forward, _cross_entropy_torch),
     fake=_linear_cross_entropy_forward_fake,
 )  # fmt: skip
 linear_cross_entropy_backward = define_op(
     "linear_cross_entropy_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight,"
-    " Tensor grad, Tensor state, bool[] wanted, " + OPTIONS + ") -> (Tensor, Tensor, Tensor)",
+    " Tensor grad, Tensor state, bool[] wanted, " + f"{OPTIONS}, {QUANTIZED}) -> (Tensor, Tensor, Tensor)",
     triton=partial(_linear_cross_entropy_backward, _cross_entropy_launch),
     torch_cpu=partial(_linear_cross_entropy_backward, _cross_entropy_torch),
     fake=_linear_cross_entropy_backward_fake,
@@ -803,37 +872,44 @@ linear_cross_entropy_backward = define_op(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, class_weight, total, reduction, options):
-        state = linear_cross_entropy_forward(hidden, weight, bias, target, class_weight, *options)
-        ctx.save_for_backward(hidden, weight, bias, target, class_weight, total, state)
-        ctx.options = options
+    def forward(ctx, hidden, weight, bias, target, class_weight, total, reduction, options, *quantized):
+        inputs = hidden, weight, bias, target, class_weight
+        state = linear_cross_entropy_forward(*inputs, *options, *quantized)
+        ctx.save_for_backward(*inputs, total, state, *quantized[:4])
+        ctx.arguments = options, quantized[4:]
         return _reduced(state, total, reduction)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, dy):
-        *inputs, total, state = ctx.saved_tensors
+        *inputs, total, state = ctx.saved_tensors[:7]
+        options, kind = ctx.arguments
         wanted = list(ctx.needs_input_grad[:3])
         grad = _row_gradient(dy, total, state)
-        gradients = linear_cross_entropy_backward(*inputs, grad, state, wanted, *ctx.options)
-        return *(g if need else None for g, need in zip(gradients, wanted, strict=True)), None, None, None, None, None
+        quantized = *ctx.saved_tensors[7:], *kind
+        gradients = linear_cross_entropy_backward(*inputs, grad, state, wanted, *options, *quantized)
+        return *(g if need else None for g, need in zip(gradients, wanted, strict=True)), *(None,) * 11
 
 
 def _linear_kl_div_forward(
     run: Callable[..., None], hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor,
-    teacher_weight: Tensor, teacher_bias: Tensor | None, mask: Tensor | None, *options: Any,
+    teacher_weight: Tensor, teacher_bias: Tensor | None, mask: Tensor | None, temperature: float, reverse: bool,
+    *quantized: Any,
 ) -> Tensor:  # fmt: skip
-    o, n_classes = Divergence(*options), weight.shape[0]
+    o = Divergence(temperature, reverse)
+    student_head = _weight(weight, hidden.shape[1], *quantized[:6])
+    teacher_head = _weight(teacher_weight, teacher_hidden.shape[1], *quantized[6:])
+    n_classes = student_head.shape[0]
     state = _linear_kl_div_forward_fake(hidden)
     if hidden.shape[0]:
-        blocks = _head_blocks([(hidden, weight), (teacher_hidden, teacher_weight)])
-        head = _Head(hidden, weight, bias, blocks)
-        teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, blocks)
+        blocks = _head_blocks([(hidden, student_head), (teacher_hidden, teacher_head)])
+        head = _Head(hidden, student_head, bias, blocks)
+        teacher = _Head(teacher_hidden, teacher_head, teacher_bias, blocks)
         for tokens in _slices(hidden.shape[0], blocks.tokens):
             some = None if mask is None else mask[tokens]
             for classes in _slices(n_classes, blocks.classes):
                 chunk = Chunk(classes.start, n_classes, last=classes.stop == n_classes)
-                x, y = head.logits(tokens, classes), teacher.logits(tokens, classes)
+                (x, _), (y, _) = head.logits(tokens, classes), teacher.logits(tokens, classes)
                 run(x, y, None, some, None, state[:, tokens], o, chunk)
     return state
 
@@ -845,21 +921,25 @@ def _linear_kl_div_forward_fake(hidden: Tensor, *_: Any) -> Tensor:
 def _linear_kl_div_backward(
     run: Callable[..., None], hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor,
     teacher_weight: Tensor, teacher_bias: Tensor | None, mask: Tensor | None, grad: Tensor, state: Tensor,
-    wanted: Sequence[bool], *options: Any,
+    wanted: Sequence[bool], temperature: float, reverse: bool,
+    *quantized: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    o, n_classes = Divergence(*options), weight.shape[0]
     if not hidden.shape[0]:
         return _zeros_of_head(hidden, weight, bias, wanted)
-    blocks = _head_blocks([(hidden, weight), (teacher_hidden, teacher_weight)], wanted)
-    head = _Head(hidden, weight, bias, blocks)
-    teacher = _Head(teacher_hidden, teacher_weight, teacher_bias, blocks)
+    o = Divergence(temperature, reverse)
+    student_head = _weight(weight, hidden.shape[1], *quantized[:6])
+    teacher_head = _weight(teacher_weight, teacher_hidden.shape[1], *quantized[6:])
+    n_classes = student_head.shape[0]
+    blocks = _head_blocks([(hidden, student_head), (teacher_hidden, teacher_head)], wanted)
+    head = _Head(hidden, student_head, bias, blocks)
+    teacher = _Head(teacher_hidden, teacher_head, teacher_bias, blocks)
     gradient = _HeadGradient(head, blocks.tokens, wanted)
     for tokens in _slices(hidden.shape[0], blocks.tokens):
         some = None if mask is None else mask[tokens]
         for classes in _slices(n_classes, blocks.classes):
-            x, y = head.logits(tokens, classes), teacher.logits(tokens, classes)
+            (x, rows), (y, _) = head.logits(tokens, classes), teacher.logits(tokens, classes)
             run(x, y, x, some, grad[tokens], state[:, tokens], o, Chunk(classes.start, n_classes, forward=False))
-            gradient.add(tokens, classes, x)
+            gradient.add(tokens, classes, x, rows)
     return gradient.result()
 
 
@@ -875,15 +955,19 @@ HEADS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias,"
     " Tensor? mask"
 )
+QUANTIZED_HEADS = QUANTIZED + (
+    ", Tensor? teacher_scales=None, Tensor? teacher_zeros=None, Tensor? teacher_offsets=None,"
+    ' Tensor? teacher_permutation=None, str teacher_format="", int teacher_group_size=0'
+)
 linear_kl_div_forward = define_op(
-    f"linear_kl_div_forward({HEADS}, float temperature, bool reverse) -> Tensor",
+    f"linear_kl_div_forward({HEADS}, float temperature, bool reverse, {QUANTIZED_HEADS}) -> Tensor",
     triton=partial(_linear_kl_div_forward, _kl_div_launch),
     torch_cpu=partial(_linear_kl_div_forward, _kl_div_torch),
     fake=_linear_kl_div_forward_fake,
 )
 linear_kl_div_backward = define_op(
-    f"linear_kl_div_backward({HEADS}, Tensor grad, Tensor state, bool[] wanted, float temperature, bool reverse)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"linear_kl_div_backward({HEADS}, Tensor grad, Tensor state, bool[] wanted, float temperature, bool reverse,"
+    f" {QUANTIZED_HEADS}) -> (Tensor, Tensor, Tensor)",
     triton=partial(_linear_kl_div_backward, _kl_div_launch),
     torch_cpu=partial(_linear_kl_div_backward, _kl_div_torch),
     fake=_linear_kl_div_backward_fake,
@@ -893,22 +977,25 @@ linear_kl_div_backward = define_op(
 class _LinearKLDiv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, total, reduction, options
-    ):
+        ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, total, reduction, options,
+        *quantized,
+    ):  # fmt: skip
         inputs = hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask
-        state = linear_kl_div_forward(*inputs, *options)
-        ctx.save_for_backward(*inputs, total, state)
-        ctx.options = options
+        state = linear_kl_div_forward(*inputs, *options, *quantized)
+        ctx.save_for_backward(*inputs, total, state, *quantized[:4], *quantized[6:10])
+        ctx.arguments = options, quantized[4:6], quantized[10:]
         return _reduced(state, total, reduction)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, dy):
-        *inputs, total, state = ctx.saved_tensors
+        *inputs, total, state = ctx.saved_tensors[:9]
+        options, kind, teacher_kind = ctx.arguments
+        quantized = *ctx.saved_tensors[9:13], *kind, *ctx.saved_tensors[13:], *teacher_kind
         wanted = list(ctx.needs_input_grad[:3])
         grad = _row_gradient(dy, total, state)
-        gradients = linear_kl_div_backward(*inputs, grad, state, wanted, *ctx.options)
-        return *(g if need else None for g, need in zip(gradients, wanted, strict=True)), *(None,) * 7
+        gradients = linear_kl_div_backward(*inputs, grad, state, wanted, *options, *quantized)
+        return *(g if need else None for g, need in zip(gradients, wanted, strict=True)), *(None,) * 19
 
 
 # --- public functions ---
@@ -992,7 +1079,7 @@ def cross_entropy(
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantized,
     target: Tensor,
     bias: Tensor | None = None,
     *,
@@ -1016,8 +1103,11 @@ def linear_cross_entropy(
     linear layer rounds them. The backward computes them again: a fourth product of matrices beside three. Memory beyond
     inputs, gradients and results stays under 64 MB (`linear_blocks`) plus a few numbers a token.
     weight may be of another type than hidden, float32 for training in mixed precision: it is cast a chunk at a time.
+    It may be quantized, a `lmops.quantization.QuantizedTensor` or the weight of a `QuantLinear`: it is dequantized a
+    chunk at a time to the type of hidden, and is a constant.
     Under torch.autocast hidden is cast to its type.
     """
+    weight = _of_layer(weight)
     hidden, rows = _check_head("hidden", hidden, "weight", weight, "bias", bias)
     _check_class_weight("class_weight", class_weight, hidden, weight.shape[0])
     _check_target(target, hidden.shape[:-1], hidden)
@@ -1026,11 +1116,12 @@ def linear_cross_entropy(
     total = None
     if reduction == "mean":
         total = _sum_of_weights(target, class_weight, weight.shape[0], ignore_index, hidden.dtype)
-    inputs = rows, weight, bias, target.reshape(-1), class_weight
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        loss = _LinearCrossEntropy.apply(*inputs, total, reduction, options)
+    codes, quantized = _arguments(weight)
+    inputs = rows, codes, bias, target.reshape(-1), class_weight
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, codes, bias)):
+        loss = _LinearCrossEntropy.apply(*inputs, total, reduction, options, *quantized)
     else:
-        loss = _reduced(linear_cross_entropy_forward(*inputs, *options), total, reduction)
+        loss = _reduced(linear_cross_entropy_forward(*inputs, *options, *quantized), total, reduction)
     loss = loss.view(target.shape) if reduction == "none" else loss
     return loss if dtype is None else loss.to(_result_dtype(dtype, hidden))
 
@@ -1092,9 +1183,9 @@ def kl_div(
 
 def linear_kl_div(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | Quantized,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | Quantized,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     temperature: float = 1.0,
@@ -1110,6 +1201,7 @@ def linear_kl_div(
     dtype: of the result, float32 by default (float64 for float64). Other arguments and errors: as `kl_div`; blocks,
     memory and types as `linear_cross_entropy`. Gradients for the student only.
     """
+    student_weight, teacher_weight = _of_layer(student_weight), _of_layer(teacher_weight)
     student_hidden, rows = _check_head(
         "student_hidden", student_hidden, "student_weight", student_weight, "student_bias", student_bias
     )
@@ -1128,14 +1220,16 @@ def linear_kl_div(
     _check_mask(mask, student_hidden)
     total = _sum_of_rows(mask, reduction, student_hidden)
     reduction = "mean" if reduction == "batchmean" else reduction
+    codes, student = _arguments(student_weight)
+    teacher_codes, teacher = _arguments(teacher_weight)
     inputs = (
-        rows, student_weight, student_bias, teacher_rows.detach(), teacher_weight.detach(),
+        rows, codes, student_bias, teacher_rows.detach(), teacher_codes.detach(),
         None if teacher_bias is None else teacher_bias.detach(), None if mask is None else mask.reshape(-1),
     )  # fmt: skip
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:3]):
-        loss = _LinearKLDiv.apply(*inputs, total, reduction, options)
+        loss = _LinearKLDiv.apply(*inputs, total, reduction, options, *student, *teacher)
     else:
-        loss = _reduced(linear_kl_div_forward(*inputs, *options), total, reduction)
+        loss = _reduced(linear_kl_div_forward(*inputs, *options, *student, *teacher), total, reduction)
     loss = loss.view(student_hidden.shape[:-1]) if reduction == "none" else loss
     return loss if dtype is None else loss.to(_result_dtype(dtype, student_hidden))
 
@@ -1173,19 +1267,30 @@ def _check_class_weight(name: str, weight: Tensor | None, x: Tensor, n_classes: 
         raise NotImplementedError(f"{name} has no gradient here, but requires one: pass {name}.detach()")
 
 
+def _of_layer(weight: Tensor | Quantized) -> Tensor | Quantized:
+    """The weight, where it is that of a `QuantLinear` the quantized tensor which it stands for."""
+    return getattr(weight, "quantized", weight)
+
+
 def _check_head(
-    name: str, hidden: Tensor, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor | None
+    name: str, hidden: Tensor, weight_name: str, weight: Tensor | Quantized, bias_name: str, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """hidden, as autocast wants it, and as rows (N, d)."""
     _check_float(name, hidden)
-    _check_float(weight_name, weight)
-    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or not weight.numel():
-        shapes = f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+    if isinstance(weight, Tensor):
+        _check_float(weight_name, weight)
+    elif not hasattr(weight, "packed"):
+        raise TypeError(
+            f"{weight_name} must be a tensor or a lmops.quantization.QuantizedTensor, got {type(weight).__name__}"
+        )
+    shape = tuple(weight.shape)
+    if len(shape) != 2 or hidden.ndim == 0 or hidden.shape[-1] != shape[1] or 0 in shape:
+        shapes = f"got {tuple(hidden.shape)} and {shape}"
         raise ValueError(f"{name} must be (..., d) and {weight_name} (V, d), neither V nor d 0, {shapes}")
-    _check_device(weight_name, weight, hidden)
+    _check_device(weight_name, weight if isinstance(weight, Tensor) else weight.packed, hidden)
     if bias is not None:
         _check_float(bias_name, bias)
-        if bias.shape != weight.shape[:1]:
+        if tuple(bias.shape) != shape[:1]:
             raise ValueError(f"{bias_name} must be ({weight.shape[0]},), got {tuple(bias.shape)}")
         _check_device(bias_name, bias, hidden)
     kind = hidden.device.type

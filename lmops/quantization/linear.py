@@ -39,6 +39,11 @@ class _Weight(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"weight of {self.layer}"
 
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """What it stands for, for those that can compute with it."""
+        return self.layer.quantized
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
