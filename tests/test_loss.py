@@ -725,8 +725,8 @@ def test_memory_with_a_quantized_head(path, head, monkeypatch):
         ones, wanted = torch.ones_like(state[0]), [True, False, True]
         backward(hidden, codes, bias, target, None, ones, state, wanted, *options, *quantized)
     assert allocations.largest == 16 * d * 4
-    # with the logits of a chunk, pieces of it, the gradients, and statistics of the tokens
-    assert allocations.most < 3 * 16 * d * 4 < weight.nbytes / 3
+    # all that lives at once: the chunk, its logits, a piece of it, the gradients, and statistics of the tokens
+    assert allocations.most < weight.nbytes / 2
     ops.linear_cross_entropy_forward(hidden, codes, bias, target, None, *options, *quantized)
 
 
