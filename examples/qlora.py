@@ -53,8 +53,7 @@ if __name__ == "__main__":
     parser.add_argument("paths", nargs=3, type=Path, metavar=("model", "text", "adapters"))
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
-    path, text, adapters = args.paths
-    model, tokenizer = lmops.load(path)
-    losses = train(model, torch.tensor(tokenizer.encode(text.read_text())), adapters, args.steps)
+    model, tokenizer = lmops.load(args.paths[0])
+    losses = train(model, torch.tensor(tokenizer.encode(args.paths[1].read_text())), args.paths[2], args.steps)
     first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
     print(f"loss of the first ten steps {first:.3f}, of the last ten {last:.3f}")
