@@ -743,6 +743,19 @@ def test_paged_cache_in_pieces_and_cropped():
         assert torch.allclose(next_, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_of_a_padded_paged_cache_change_places():
+    model, tokens, mask = build("Llama"), torch.randint(3, 97, (2, 12)), padding("left")
+    cache = integration.PagedCache(model, n_tokens=40, block_size=4, attention_mask=mask)
+    order = torch.tensor([1, 0])
+    with torch.no_grad():
+        model(tokens, attention_mask=mask, past_key_values=cache)
+        cache.batch_select_indices(order)
+        longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)[order]
+        found = model(tokens[:, :1], attention_mask=longer, past_key_values=cache).logits
+        expected = model(torch.cat([tokens[order], tokens[:, :1]], 1), attention_mask=longer).logits[:, -1:]
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("pages", ["int8", "int4", "fp8"])
 def test_quantized_pages(pages):
     model, tokens = build("Llama"), torch.randint(3, 97, (2, 12))
