@@ -229,15 +229,11 @@ def paged_attention_kernel(
             block, slot = find_page(table_ptr, start, cols, context, n_blocks, block_size, ONE, BLOCK_SIZE, EDGE)
             k = load_page(k_ptr + (page_offset(block, slot, k_strides, ONE) + k_offsets), in_cols, HEAD_DIM // SHARE,
                           BLOCK_D // SHARE, EDGE, k_cols)  # fmt: skip
-            k_scale, k_min = load_scale(
-                k_scale_ptr, block, slot, cols, k_scale_strides, in_cols, FORMAT, ONE, EDGE
-            )
+            k_scale, k_min = load_scale(k_scale_ptr, block, slot, cols, k_scale_strides, in_cols, FORMAT, ONE, EDGE)
             x = tl.dot(q, decode(k, q.dtype, FORMAT).T, input_precision=PRECISION)  # (M, N)
             v = load_page(v_ptr + (page_offset(block, slot, v_strides, ONE) + v_offsets), in_cols, VALUE_DIM // SHARE,
                           BLOCK_E // SHARE, EDGE, v_cols)  # fmt: skip
-            v_scale, v_min = load_scale(
-                v_scale_ptr, block, slot, cols, v_scale_strides, in_cols, FORMAT, ONE, EDGE
-            )
+            v_scale, v_min = load_scale(v_scale_ptr, block, slot, cols, v_scale_strides, in_cols, FORMAT, ONE, EDGE)
             v = decode(v, q.dtype, FORMAT)
             if FORMAT != "native":
                 x *= k_scale[None, :]
