@@ -292,7 +292,9 @@ def choose(
         tie = (keys == key).to(tl.int32)
         last_tie = tl.where((tie > 0) & (tl.cumsum(tie, 0) + seen <= ties), ids, last_tie)
         seen += tl.sum(tie, 0)
-        key_of_draw = noisy(x, noise_of_ids(ids, seed, offset, 0), inverse)
+        # 0, which the compiler cannot know: else it holds the 20 keys of Philox's rounds in scalar registers throughout
+        zero = ids >> 31
+        key_of_draw = noisy(x, noise_of_ids(ids, seed ^ zero, offset, 0), inverse)
         keep = keeps(x, ids, key, tl.max(last_tie, 0), peak, scale, least)
         best, best_id = take_best(tl.where(keep, key_of_draw, float("-inf")), ids, best, best_id)
     _, token = first_of_best(best, best_id)

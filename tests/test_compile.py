@@ -55,14 +55,6 @@ SOME = (
 )
 
 
-# Defects that are known and not mended: scalar registers of filtered sampling that spill on gfx942. What mends one
-# takes it off this list, or the test fails.
-KNOWN = {
-    ("gfx942", "sampling-bf16-top-p-1000", "sample_kernel"),
-    ("gfx942", "sampling-bf16-filter-logits-8192", "filter_kernel"),
-}
-
-
 @pytest.fixture(scope="module")
 def shipped():
     return rows_of("-m", "benchmarks.compile_report", "--json", "--only", *SOME)
@@ -72,15 +64,8 @@ def shipped():
 def test_no_rule_is_broken(shipped, target):
     rows = [row for row in shipped[1] if row["target"] == target]
     assert rows
-    broken = [(r, rule) for r in rows for rule in r["broken"]]
-    known = {(target, r["variant"], r["kernel"]) for r, rule in broken if rule.startswith("spills")} & KNOWN
-    assert known == {defect for defect in KNOWN if defect[0] == target}
-    new = [
-        f"{r['variant']} {r['kernel']}: {rule}"
-        for r, rule in broken
-        if (target, r["variant"], r["kernel"]) not in KNOWN or not rule.startswith("spills")
-    ]
-    assert not new, "\n".join(new)
+    broken = [f"{r['variant']} {r['kernel']}: {rule}" for r in rows for rule in r["broken"]]
+    assert not broken, "\n".join(broken)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -600,8 +600,9 @@ def test_bytes_read(launches, n_cols, top_k):
 @pytest.mark.parametrize("n_cols", [1, 17, 4096, 8192, 8193, 151_936, 262_144])
 @pytest.mark.parametrize("filters", [False, True])
 @pytest.mark.parametrize("extras", [False, True])
-def test_tile(n_cols, filters, extras):
-    tile = sampling_tile(n_cols, filters, extras)
+@pytest.mark.parametrize("lanes", [32, 64])
+def test_tile(n_cols, filters, extras, lanes):
+    tile = sampling_tile(n_cols, filters, extras, lanes)
     assert tile.fits == (tile.cols >= n_cols)
     assert tile.cols % tile.list_cols == 0
     assert math.log2(tile.cols * tile.threads).is_integer()

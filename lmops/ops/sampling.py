@@ -53,15 +53,22 @@ class Tile:
     threads: int
 
 
-def sampling_tile(n_cols: int, filters: bool, extras: bool = False) -> Tile:
+def sampling_tile(n_cols: int, filters: bool, extras: bool = False, lanes: int = 32) -> Tile:
     """The tile for rows of n_cols columns. Chosen with `python -m benchmarks.compile_report`: nothing spills.
 
     extras: more is loaded than the logits (bias, mask, counts), or log-probabilities are added up.
+    lanes: of a warp. With 64, a mask takes two scalar registers for each column of a thread, of 100 that there are:
+        with filters, which hold several, a thread takes few columns.
     """
     whole = max(16, 1 << (n_cols - 1).bit_length())
     cols = min(whole, 4_096 if extras or (filters and n_cols > 8_192) else 8_192)
     threads = max(32, min(512, cols // 8))
-    return Tile(cols, n_cols <= cols, min(cols, 2_048), threads)
+    list_cols = min(cols, 2_048)
+    if filters and lanes == 64:
+        if extras or not n_cols <= cols:
+            cols = min(cols, 512 if extras else 1_024)
+        threads, list_cols = max(64, min(1_024, cols // 2)), min(cols, 1_024)
+    return Tile(cols, n_cols <= cols, list_cols, threads)
 
 
 # ------------------------------------------------------------------------------------------- what may be drawn, and one
@@ -223,7 +230,7 @@ def _sample_triton(
         return outputs
     filters = any(t is not None for t in per_row[1:4]) or numbers[1] > 0 or numbers[2] < 1 or numbers[3] > 0
     extras = n_logprobs > 0 or any(t is not None for t in (token_counts, logit_bias, allowed_mask))
-    tile = sampling_tile(n_cols, filters, extras)
+    tile = sampling_tile(n_cols, filters, extras, warp_size())
     allowed = None if allowed_mask is None else allowed_mask.view(torch.uint8)
     # the logits take the place of what is not there, and are not looked at
     full = [logits, *(logits if t is None else t.expand_as(logits) for t in (logit_bias, allowed, token_counts))]
@@ -293,7 +300,7 @@ def _filter_triton(logits: Tensor, per_row: Parameters, numbers: Sequence[float]
     n_rows, n_cols = logits.shape
     if n_rows == 0:
         return out
-    tile = sampling_tile(n_cols, filters=True)
+    tile = sampling_tile(n_cols, filters=True, lanes=warp_size())
     at_once, lists = _lists(logits)
     parameters = tuple(n if t is None else t for t, n in zip(per_row, numbers, strict=True))
     for first in range(0, n_rows, at_once):
