@@ -35,7 +35,7 @@ EXTRAS = {
     "cli": ("typer", "rich"),
     "bench": ("pytest", "pytest-benchmark", "matplotlib", "rich"),
     "hf": ("transformers", "kernels"),
-    "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"),
+    "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "peft"),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
