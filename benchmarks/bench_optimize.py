@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--model", help="a checkpoint that lmops loads; random SmolLM2-135M weights without it")
     parser.add_argument("--linear", nargs="+", default=["float", "int4"], help="of float, int4, int8, fp8, w8a8")
     parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--skip", nargs="*", default=["lm_head"])
+    parser.add_argument("--skip", nargs="*", default=[])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=32)

@@ -235,6 +235,25 @@ def test_functions_that_a_forward_calls():
     assert_accurate(actual, truth, baseline)
 
 
+@pytest.mark.parametrize("linear", ["int4", "int8", "fp8", "w8a8"])
+def test_the_head_keeps_more_bits(linear):
+    """int8 beside int4 and int8 layers, and as it was beside the others; also if an embedding has the same weight."""
+    model = NanoGPT()
+    model.lm_head.weight = model.wte.weight
+    float_weight = model.wte.weight.detach().clone()
+    report = lmops.optimize(model, linear=linear, group_size=16)
+    what = {item.name: item.what for item in report.replaced}.get("lm_head")
+    if linear in ("fp8", "w8a8"):
+        assert "weight" not in (what or "")
+        assert model.lm_head.weight is model.wte.weight
+    else:
+        assert what == "int8 weight"
+        assert model.lm_head.quantized.bits == 8
+        step = float_weight.abs().amax(1, keepdim=True) / 127
+        assert ((model.lm_head.quantized.dequantize() - float_weight).abs() <= step).all()
+    assert torch.equal(model.wte.weight, float_weight)
+
+
 def test_skip():
     model = NanoGPT()
     report = lmops.optimize(model, linear="int8", group_size=16, skip=["h.0", "lm_head", "*.mlp.0"])

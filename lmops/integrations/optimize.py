@@ -36,6 +36,7 @@ from lmops.quantization.w8a8 import W8A8Linear
 from lmops.testing import assert_accurate
 
 LINEAR = ("int8", "int4", "w8a8", "fp8")
+HEADS = ("lm_head", "head")
 EDITS = "_lmops_edits"  # the attribute of a model that has what to undo
 # what the operators of each kind are called
 ATTENTION = ("attention_forward", "attention_backward")
@@ -188,7 +189,7 @@ def optimize(
     group_size: int = 128,
     norm: bool = True,
     loss: bool = True,
-    skip: Sequence[str] = ("lm_head", "head"),
+    skip: Sequence[str] = (),
     verify: Any = None,
 ) -> Report:
     """Make a model use the operators of lmops, in place, and say what was done.
@@ -211,6 +212,8 @@ def optimize(
     linear: "int4" or "int8" weights, with a scale and a zero point for every group_size columns; "fp8", with a scale a
         row; "w8a8", int8 with a scale a row, and inputs rounded to 8 bits too. None leaves linear layers alone. Weights
         are rounded to nearest; `lmops.quantization.quantize_model` has better ways. This cannot be undone.
+        The head, a layer called "lm_head" or "head", becomes int8 with a scale a row for "int4" and "int8", which moves
+        logits by less than their layers do, and stays for the others. An embedding that shares its weight keeps it.
     skip: names to leave alone: a whole name, part of one between its dots ("lm_head", "layers.0"), or with wildcards.
     verify: inputs of the model: a mapping of arguments, a tuple of them, or the only one. The model runs before and
         after, in evaluation mode, and in the next higher precision as the truth, for which it is copied. Where linear
@@ -664,29 +667,37 @@ def _transformers_loss(work: _Work, name: str, model: Any) -> None:
 
 
 def _quantize(work: _Work, linear: str, group_size: int) -> None:
-    model, skip = work.model, work.skip
-    layers = {name: type(layer).__name__ for name, layer in _find_layers(model, skip).items()}
-    if linear in ("int4", "int8"):
-        quantize_model(model, int(linear[3:]), group_size, skip=skip, progress=False)
-        what = f"{linear} weight"
-    else:
-        fp8, both = linear == "fp8", linear == "w8a8"
-        size, kind = -1, W8A8Linear if both else QuantLinear
-        found = _find_layers(model, skip)
-        scales = {name: check_weight(float_weight(layer), 8, size, None, name) for name, layer in found.items()}
-        for name, layer in found.items():
-            w = float_weight(layer)
-            packed = QuantizedTensor.quantize(w, 8, size, fp8=fp8, scale_dtype=scales[name], name=name)
-            new = kind.from_quantized(packed, layer.bias, w.dtype).train(layer.training)  # type: ignore[arg-type]
-            for parent in list(model.modules()):
-                for key, child in list(parent._modules.items()):
-                    if child is layer:
-                        parent._modules[key] = new
-        what = "int8 weight, inputs rounded to int8" if both else "fp8 weight"
+    model = work.model
+    layers = _find_layers(model, [*work.skip, *HEADS])
+    weight_only = linear in ("int4", "int8")
+    rows = [] if weight_only else list(layers)  # what gets a scale a row
+    if weight_only:
+        rows = [name for name in _find_layers(model, work.skip) if name not in layers]
+    found = {name: model.get_submodule(name) for name in rows}
+    scales = {name: check_weight(float_weight(layer), 8, -1, None, name) for name, layer in found.items()}
+    kind = W8A8Linear if linear == "w8a8" else QuantLinear
+    packed = {
+        name: QuantizedTensor.quantize(
+            float_weight(layer), 8, -1, fp8=linear == "fp8", scale_dtype=scales[name], name=name
+        )
+        for name, layer in found.items()
+    }
+    what = dict.fromkeys(layers, f"{linear} weight") | {name: "int8 weight" for name in rows if weight_only}
+    if linear == "w8a8":
+        what = dict.fromkeys(layers, "int8 weight, inputs rounded to int8")
+    kinds = {name: type(layer).__name__ for name, layer in (layers | found).items()}
+    if weight_only:
+        quantize_model(model, int(linear[3:]), group_size, skip=[*work.skip, *HEADS], progress=False)
+    for name, layer in found.items():
+        new = kind.from_quantized(packed[name], layer.bias, float_weight(layer).dtype).train(layer.training)  # type: ignore[arg-type]
+        for parent in list(model.modules()):
+            for key, child in list(parent._modules.items()):
+                if child is layer:
+                    parent._modules[key] = new
     forward = "int8_matmul_forward" if linear == "w8a8" else "quantized_matmul_forward"
     operators = (forward, "quantized_matmul_backward")
-    for name, kind_name in layers.items():
-        work.report.replaced.append(Item(name, kind_name, what, operators))
+    for name in kinds:
+        work.report.replaced.append(Item(name, kinds[name], what[name], operators))
 
 
 # ------------------------------------------------------------------------------------------------------------- verify
