@@ -63,12 +63,19 @@ def contiguous(query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tens
     return torch.cat(outs)[:, :, 0]
 
 
+repacked = WeakIdKeyDictionary()
+
+
 def of_flash_attn(query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    """flash-attn takes pages of a multiple of 256 tokens: the same keys and values in such, made once."""
     from flash_attn import flash_attn_with_kvcache
 
-    if BLOCK % 256:
+    if table.shape[1] * BLOCK % 256:
         raise ImportError("flash-attn takes pages of a multiple of 256 tokens")
-    return flash_attn_with_kvcache(query[:, None], k, v, cache_seqlens=lengths, block_table=table)[:, 0]
+    if k not in repacked:
+        repacked[k] = [t[table.flatten().long()].reshape(-1, 256, *t.shape[2:]) for t in (k, v)]
+    pages = torch.arange(len(repacked[k][0]), dtype=torch.int32, device=query.device).view(len(query), -1)
+    return flash_attn_with_kvcache(query[:, None], *repacked[k], cache_seqlens=lengths, block_table=pages)[:, 0]
 
 
 def of_flashinfer(query: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
