@@ -71,13 +71,62 @@ def load_page(tile_ptr, in_rows, BYTES: tl.constexpr, PADDED: tl.constexpr, EDGE
         return tl.load(tile_ptr, mask=(cols < BYTES)[None, :], other=0)
 
 
+@triton.constexpr_function
+def widen_ptx(FORMAT, HALF):
+    """PTX that turns four bytes into numbers, two of 16 bits in a register; of "int4" the low nibbles, then the high.
+
+    An integer is put into the bits of a power of two, which is then subtracted: exact, and without a conversion, of
+    which a multiprocessor starts an eighth as many. HALF: float16, else bfloat16.
+    """
+    spread = "prmt.b32 a, {x}, 0, 0x4140; prmt.b32 b, {x}, 0, 0x4342;"  # a byte in the low half of 16 bits each
+    ones, one, places = "0xbf80bf80", "0x3f803f80", "ab"
+    if FORMAT == "int8" and HALF:  # 1024 + (code + 128) - 1152
+        body = "xor.b32 c, $2, 0x80808080; prmt.b32 a, c, 0x64646464, 0x4140; prmt.b32 b, c, 0x64646464, 0x4342;"
+        body += "mov.b32 c, 0x64806480; sub.f16x2 $0, a, c; sub.f16x2 $1, b, c;"
+    elif FORMAT == "int8":  # (128 + low 7 bits) - (256 if the sign is set, else 128)
+        body = spread.format(x="$2") + f"mov.b32 d, {ones};"
+        for i, r in enumerate(places):
+            body += f"lop3.b32 c, {r}, 0x007f007f, 0x43004300, 0xea; lop3.b32 {r}, {r}, 0x00800080, 0x43004300, 0xea;"
+            body += f"fma.rn.bf16x2 ${i}, {r}, d, c;"
+    elif FORMAT == "int4":  # 1024 + code - 1032, or 128 + code - 136
+        body = spread.format(x="$4") + f"mov.b32 d, {'0x64086408' if HALF else '0xc308c308'}; mov.b32 e, {one};"
+        power = "0x64006400" if HALF else "0x43004300"
+        for i, r in enumerate(places):
+            body += f"lop3.b32 c, {r}, 0x000f000f, {power}, 0xea; shr.u32 {r}, {r}, 4;"
+            body += f"lop3.b32 {r}, {r}, 0x000f000f, {power}, 0xea;"
+            for to, x in ((i, "c"), (i + 2, r)):
+                body += f"sub.f16x2 ${to}, {x}, d;" if HALF else f"fma.rn.bf16x2 ${to}, {x}, e, d;"
+    else:  # e4m3 is a float16 with fewer bits and an exponent less by 8, and a bfloat16 with one less by 120
+        body = "prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;"
+        body += "" if HALF else "mov.b32 d, 0x77807780; mov.b32 e, 0x80008000;"  # 2^112, -0
+        for i, r in enumerate(places):
+            mask, by = ("0x3f803f80", 1) if HALF else ("0x07f007f0", 4)
+            body += f"and.b32 c, {r}, 0x80008000; shr.u32 {r}, {r}, {by};"
+            body += f"lop3.b32 {f'${i}' if HALF else r}, {r}, {mask}, c, 0xea;"
+            body += "" if HALF else f"fma.rn.bf16x2 ${i}, {r}, d, e;"
+    return "{.reg .b32 a, b, c, d, e;" + body + "}"
+
+
 @triton.jit
-def decode(tile, dtype, FORMAT: tl.constexpr):
-    """The quantized numbers of a tile of pages in `dtype`; those of "fp8" are 2^-8 of what they stand for."""
-    if FORMAT == "int8":
+def decode(tile, dtype: tl.constexpr, FORMAT: tl.constexpr, PTX: tl.constexpr):
+    """The codes of a tile of pages in `dtype`: of "fp8" 2^-8 of what they stand for, of "int4" 8 less."""
+    if FORMAT == "native":
         return tile.to(dtype)
-    elif FORMAT == "fp8":
-        # e4m3 is a float16 with fewer bits and an exponent less by 8, and a bfloat16 with one less by 120
+    elif FORMAT == "int4":
+        if PTX and dtype != tl.float32:
+            low, high = tl.inline_asm_elementwise(
+                widen_ptx(FORMAT, dtype == tl.float16), "=r,=r,=r,=r,r", [tile], (dtype.value, dtype.value), True, 4
+            )
+        else:
+            low, high = ((tile & 15).to(tl.int8) - 8).to(dtype), ((tile >> 4).to(tl.int8) - 8).to(dtype)
+        return tl.join(low, high).reshape(tile.shape[0], 2 * tile.shape[1])
+    elif PTX and dtype != tl.float32:
+        return tl.inline_asm_elementwise(
+            widen_ptx(FORMAT, dtype == tl.float16), "=r,=r,r", [tile], dtype.value, True, 4
+        )
+    elif FORMAT == "int8":
+        return tile.to(dtype)
+    else:  # see widen_ptx
         bits = tile.to(tl.uint16)
         sign = (bits & 0x80) << 8
         if dtype == tl.bfloat16:
@@ -85,11 +134,6 @@ def decode(tile, dtype, FORMAT: tl.constexpr):
             return (sign | ((bits & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * scale
         else:
             return (sign | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(dtype)
-    elif FORMAT == "int4":
-        pairs = tl.join(tile & 15, tile >> 4)  # (N, bytes, 2)
-        return pairs.reshape(tile.shape[0], 2 * tile.shape[1]).to(dtype)
-    else:
-        return tile.to(dtype)
 
 
 @triton.jit
@@ -106,7 +150,8 @@ def load_scale(scale_ptr, block, slot, cols, strides, in_cols, FORMAT: tl.conste
                 scale, minimum = tl.split(tl.load(pairs_ptr, mask=in_cols[:, None], other=0.0))
             else:
                 scale, minimum = tl.split(tl.load(pairs_ptr))
-            return scale.to(tl.float32), minimum.to(tl.float32)
+            # codes about 0 leave sums half as much to cancel
+            return scale.to(tl.float32), minimum.to(tl.float32) + 8 * scale.to(tl.float32)
         else:
             scale = (tl.load(at, mask=in_cols, other=0.0) if EDGE else tl.load(at)).to(tl.float32)
             return (scale * 256 if FORMAT == "fp8" else scale), 0.0
@@ -133,7 +178,7 @@ def paged_attention_kernel(
     BLOCK_SIZE: tl.constexpr, ONE: tl.constexpr, RAGGED: tl.constexpr, PREFIX: tl.constexpr, SUFFIX: tl.constexpr,
     LEFTPAD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr, ORDERED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(scores) v and lse = log sum exp(scores) for BLOCK_M rows, or of a part of the keys (PARTS).
@@ -230,11 +275,11 @@ def paged_attention_kernel(
             k = load_page(k_ptr + (page_offset(block, slot, k_strides, ONE) + k_offsets), in_cols, HEAD_DIM // SHARE,
                           BLOCK_D // SHARE, EDGE, k_cols)  # fmt: skip
             k_scale, k_min = load_scale(k_scale_ptr, block, slot, cols, k_scale_strides, in_cols, FORMAT, ONE, EDGE)
-            x = tl.dot(q, decode(k, q.dtype, FORMAT).T, input_precision=PRECISION)  # (M, N)
+            x = tl.dot(q, decode(k, q.dtype, FORMAT, PTX).T, input_precision=PRECISION)  # (M, N)
             v = load_page(v_ptr + (page_offset(block, slot, v_strides, ONE) + v_offsets), in_cols, VALUE_DIM // SHARE,
                           BLOCK_E // SHARE, EDGE, v_cols)  # fmt: skip
             v_scale, v_min = load_scale(v_scale_ptr, block, slot, cols, v_scale_strides, in_cols, FORMAT, ONE, EDGE)
-            v = decode(v, q.dtype, FORMAT)
+            v = decode(v, q.dtype, FORMAT, PTX)
             if FORMAT != "native":
                 x *= k_scale[None, :]
             if FORMAT == "int4":
@@ -250,7 +295,9 @@ def paged_attention_kernel(
                           SCALED, SOFTCAP, ALIBI, "", EDGE and (LEFT or SUFFIX), EDGE)  # fmt: skip
             p, m, l, alpha = online_softmax_step(x, m, l, factor, True, EDGE)
             if FORMAT == "int4":
-                floor = floor * alpha + tl.sum(p * v_min[None, :], 1)
+                # the selection keeps a product from being contracted with the sum across lanes, after which lanes that
+                # hold copies of a sum would differ
+                floor = floor * alpha + tl.sum(tl.where(p > 0, p * v_min[None, :], 0.0), 1)
             if FORMAT != "native":
                 p *= v_scale[None, :]
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)

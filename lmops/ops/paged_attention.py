@@ -165,14 +165,15 @@ def paged_tile(dim: int, element_size: int, rows: int, target: str, kind: str = 
     bucket = next(most for most in (64, 128, 256, 512) if dim <= most)
     size = "few" if rows <= 16 else "many"
     if element_size == 4:
-        return Tile(*WIDE_TILES[bucket, size])
-    tiles = GFX_TILES if target.startswith("gfx") else TILES
-    tiles = tiles | {"sm_90": WGMMA_TILES, "sm_100": TCGEN05_TILES}.get(target, {})
+        tiles = WIDE_TILES
+    else:
+        tiles = GFX_TILES if target.startswith("gfx") else TILES
+        tiles = tiles | {"sm_90": WGMMA_TILES, "sm_100": TCGEN05_TILES}.get(target, {})
     return Tile(*tiles.get((bucket, f"{size}, {kind}"), tiles[bucket, size]))
 
 
-# (rows, keys, warps, stages) by head_dim up to, and whether rows are at most 16. Of quantized pages at least 32 keys:
-# see _triton
+# (rows, keys, warps, stages) by head_dim up to, and whether rows are at most 16. Of quantized pages at least 32 keys
+# where tensor cores multiply: see _triton
 TILES = {
     (64, "few"): (16, 32, 2, 3),
     (64, "many"): (64, 64, 4, 2),
@@ -195,7 +196,7 @@ WGMMA_TILES = {
     (128, "many, other"): (64, 32, 4, 2),
     (128, "many, quantized"): (64, 32, 4, 2),
 }
-TCGEN05_TILES = WGMMA_TILES | {(128, "few"): (16, 32, 4, 3)}
+TCGEN05_TILES = WGMMA_TILES | {(128, "few"): (16, 32, 4, 3), (128, "many, quantized"): (64, 64, 8, 2)}
 GFX_TILES = {
     (64, "few"): (16, 64, 4, 1),
     (64, "many"): (64, 32, 4, 1),
@@ -215,9 +216,13 @@ WIDE_TILES = {
     (64, "few"): (16, 32, 4, 2),
     (64, "many"): (32, 32, 4, 1),
     (128, "few"): (16, 32, 8, 1),
+    (128, "few, quantized"): (16, 16, 8, 2),
     (128, "many"): (16, 16, 8, 1),
+    (128, "many, quantized"): (16, 16, 8, 2),
     (256, "few"): (16, 16, 8, 1),
+    (256, "few, quantized"): (16, 16, 4, 1),
     (256, "many"): (16, 16, 8, 1),
+    (256, "many, quantized"): (16, 16, 4, 1),
     (512, "few"): (16, 16, 8, 1),
     (512, "many"): (16, 16, 8, 1),
 }
@@ -257,7 +262,9 @@ def _triton(
     n_blocks, block_size, kv_heads = k.shape[:3]
     value_dim, group = out.shape[2], n_heads // kv_heads
     format = FORMATS.get(k.dtype, "native")
-    # Triton 3.7 gets products of 16 terms wrong where the right factor is widened from 8 bits; 3.9 does not
+    # Triton 3.7 gets products of 16 terms on tensor cores wrong where the right factor is widened from 8 bits; 3.9 does
+    # not. Tiles of float32 queries have that few keys, and therefore do not use tensor cores for quantized pages
+    precision = "tf32" if format == "native" and torch.get_float32_matmul_precision() != "highest" else "ieee"
     block_d, block_e = (max(16 if format == "native" else 32, block_dim(d)) for d in (head_dim, value_dim))
     dim = max(block_d, block_e)
     if format == "fp8":  # its bytes: not all targets of Triton have the type
@@ -285,7 +292,7 @@ def _triton(
             LEFTPAD=leftpad is not None, LEFT=left is not None, RIGHT=right is not None and not prefix,
             ALIBI=slopes is not None, SOFTCAP=softcap != 0, SINKS=sinks is not None and not in_parts, SCALED=scaled,
             PARTS=in_parts, ORDERED=batch_invariant,
-            PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            PRECISION=precision, PTX=target.startswith("sm_"),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, BLOCK_E=block_e,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
