@@ -25,9 +25,11 @@ from triton.runtime.jit import JITFunction
 import lmops
 from benchmarks.compile_report import TARGETS, CompileOnlyDriver
 from lmops.cache import PagedKVCache
+from lmops.ops.activation import swiglu
 from lmops.ops.norm import layer_norm, rms_norm
 from lmops.ops.paged_attention import paged_attention
 from lmops.ops.paged_cache import store_kv
+from lmops.ops.rope import rope
 from lmops.quantization import QuantizedTensor
 from lmops.testing import implementation
 
@@ -38,7 +40,7 @@ class NoLaunch(CompileOnlyDriver):
     """Takes kernels to their launch, and leaves that out."""
 
     utils = SimpleNamespace(
-        load_binary=lambda *_: (None, None, 0, 0, 1024),
+        load_binary=lambda *_: (0, 0, 0, 0, 1024),
         get_device_properties=lambda _: {"max_shared_mem": 1 << 20, "multiprocessor_count": 132},
         unload_module=lambda _: None,
     )
@@ -53,6 +55,8 @@ def operators() -> dict[str, Call]:
     x, weight = torch.randn(1, 4096, **half), torch.randn(4096, **half)
     q = torch.randn(1, 32, 1, 128, **half)
     k, v = torch.randn(2, 1, 8, 1024, 128, **half)
+    tokens_q, tokens_k = torch.randn(1, 1, 32, 128, **half), torch.randn(1, 1, 8, 128, **half)
+    cos, sin = torch.randn(2, 1, 64, **half)
     int4 = QuantizedTensor.quantize(torch.randn(4096, 4096, **half), bits=4, group_size=128)
     int8 = QuantizedTensor.quantize(torch.randn(4096, 4096, **half), bits=8, group_size=-1)
     logits, token = torch.randn(1, 32_000, **half), torch.tensor([5])
@@ -64,6 +68,8 @@ def operators() -> dict[str, Call]:
         "softmax": lambda: lmops.softmax(x),
         "rms_norm": lambda: rms_norm(x, weight),
         "layer_norm": lambda: layer_norm(x, weight, weight),
+        "rope": lambda: rope(tokens_q, tokens_k, cos, sin, inplace=True),
+        "swiglu": lambda: swiglu(x, x),
         "scaled_dot_product_attention": lambda: lmops.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         "paged_attention": lambda: paged_attention(query, pages, batch.block_table, batch.context_lens),
         "store_kv": lambda: store_kv(row, row, pages, batch.slot_mapping),

@@ -141,7 +141,7 @@ def compile_only(target: GPUTarget) -> Iterator[list[Any]]:
         if kernel.hash not in kernels:
             kernels[kernel.hash] = kernel
             compiled.append(kernel)
-        return kernel
+        # nothing: what was not loaded must not be launched again
 
     runtime_driver.set_active(CompileOnlyDriver(target))
     JITFunction.run = run

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmops.ops._launch import Launch, prepared
 from lmops.ops._register import define_op
 from lmops.ops._rows import Tile, geometry
 from lmops.ops._strides import row_layout
@@ -26,22 +24,26 @@ def gated_tile(n_cols: int, by_column: bool = False) -> Tile:
     return Tile(ELEMENTS // cols, cols, n_cols <= cols, THREADS)
 
 
-def _launch(kernel: Any, tensors: Sequence[Tensor], activation: str) -> None:
-    """Launch over tensors of one shape, of which those that are read and written follow as the kernel takes them."""
+@prepared
+def _prepare(activation: str, *tensors: Tensor) -> Launch:
+    """A launch over tensors of one shape, its leading arguments: 3 for the forward kernel, 5 for the backward's."""
     import triton.language as tl
 
+    from lmops.kernels.activation import gated_backward_kernel, gated_forward_kernel
+
+    kernel = gated_forward_kernel if len(tensors) == 3 else gated_backward_kernel
     if tensors[0].numel() < 1 << 30 and all(t.is_contiguous() for t in tensors):
-        tensors = [t.view(1, -1) for t in tensors]
+        tensors = tuple(t.view(1, -1) for t in tensors)
     elif tensors[0].ndim == 1:
-        tensors = [t[None] for t in tensors]
+        tensors = tuple(t[None] for t in tensors)
     n_cols = tensors[0].shape[-1]
     layout = row_layout(tensors)
     strides = layout.strides[0]
     walk = geometry(tensors, layout, gated_tile(n_cols, by_column=strides[-2] == 1 and strides[-1] > 1))
     tile = walk.tile
     across = -(-(n_cols + (walk.vec - 1 if walk.edge else 0)) // tile.cols)
-    kernel[(walk.n_blocks * across,)](
-        *tensors, layout.outer_shape, layout.n_rows, n_cols, *layout.strides,
+    return Launch(
+        kernel, (walk.n_blocks * across,), layout.outer_shape, layout.n_rows, n_cols, *layout.strides,
         ROWS=tile.rows, COLS=tile.cols, VEC=walk.vec, EDGE=walk.edge, ACTIVATION=activation,
         ACC=tl.float64 if tensors[0].dtype == torch.float64 else tl.float32, num_warps=walk.num_warps,
     )  # fmt: skip
@@ -56,21 +58,18 @@ def _halves(x: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _forward_triton(x: Tensor, up: Tensor | None, activation: str) -> Tensor:
-    from lmops.kernels.activation import gated_forward_kernel
-
     gate, up = _halves(x, up)
     y = torch.empty_like(gate)
     if y.numel():
-        _launch(gated_forward_kernel, [gate, up, y], activation)
+        _prepare(activation, gate, up, y)(gate, up, y)
     return y
 
 
 def _backward_triton(dy: Tensor, x: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    from lmops.kernels.activation import gated_backward_kernel
-
     dx, dup = _backward_fake(dy, x, up, activation)
     if dy.numel():
-        _launch(gated_backward_kernel, [*_halves(x, up), dy, *_halves(dx, None if up is None else dup)], activation)
+        tensors = (*_halves(x, up), dy, *_halves(dx, None if up is None else dup))
+        _prepare(activation, *tensors)(*tensors)
     return dx, dup
 
 

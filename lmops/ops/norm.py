@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmops.ops._launch import Launch, prepared
 from lmops.ops._register import define_op, warp_size
 from lmops.ops._rows import NO_FUSION, Geometry, Tile, geometry, softmax_tile
 from lmops.ops._strides import aligned_alike, row_layout
@@ -67,10 +68,12 @@ def _stats(x: Tensor, centred: bool) -> Tensor:
     return x.new_empty((1 + centred, *x.shape[:-1]), dtype=_compute(x.dtype))
 
 
-def _launch_forward(
-    x: Tensor, residual: Tensor | None, h: Tensor | None, y: Tensor, stats: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float, centred: bool,
-) -> None:  # fmt: skip
+@prepared
+def _prepare_forward(
+    x: Tensor, residual: Tensor | None, h: Tensor | None, y: Tensor, stats: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, eps: float, weight_offset: float, centred: bool,
+) -> Launch:  # fmt: skip
+    """A launch whose leading arguments are x, residual, h, y, weight, bias and stats."""
     from lmops.kernels.norm import norm_forward_kernel
 
     full = [x, y] if residual is None or h is None else [x, y, residual, h]
@@ -81,12 +84,12 @@ def _launch_forward(
         walk = geometry(full, layout, norm_tile(x.shape[-1], layout.n_rows, _held(x, 2), by_column))
     x_strides, y_strides, *others = layout.strides[: len(full)]
     residual_strides, h_strides = others or (x_strides, x_strides)
-    norm_forward_kernel[walk.grid](
-        x, residual, h, y, _dense(weight), _dense(bias), stats, layout.outer_shape, layout.n_rows, x.shape[-1],
+    return Launch(
+        norm_forward_kernel, walk.grid, layout.outer_shape, layout.n_rows, x.shape[-1],
         0 if stats is None else stats.stride(0), eps, weight_offset, x_strides, residual_strides, h_strides, y_strides,
         (0,) if stats is None else layout.strides[-1], **walk.flags, **NO_FUSION, CENTRED=centred,
-        RESIDUAL=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, STATS=stats is not None,
-        ACC=_acc(x),
+        RESIDUAL=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None,
+        STATS=stats is not None, ACC=_acc(x),
     )  # fmt: skip
 
 
@@ -99,7 +102,9 @@ def _norm_triton(
 ) -> Tensor:
     y = torch.empty_like(x)
     if x.numel():
-        _launch_forward(x, None, None, y, None, weight, bias, eps, weight_offset, centred)
+        weight, bias = _dense(weight), _dense(bias)
+        launch = _prepare_forward(x, None, None, y, None, weight, bias, eps, weight_offset, centred)
+        launch(x, None, None, y, weight, bias, None)
     return y
 
 
@@ -109,20 +114,30 @@ def _forward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y, h, stats = _forward_fake(x, residual, weight, bias, eps, weight_offset, centred)
     if x.numel():
-        _launch_forward(x, residual, h, y, stats, weight, bias, eps, weight_offset, centred)
+        weight, bias = _dense(weight), _dense(bias)
+        launch = _prepare_forward(x, residual, h, y, stats, weight, bias, eps, weight_offset, centred)
+        launch(x, residual, h, y, weight, bias, stats)
     return y, h, stats
 
 
-def _backward_triton(
-    dy: Tensor, dh: Tensor | None, x: Tensor, stats: Tensor, weight: Tensor | None, weight_offset: float,
+@dataclass(frozen=True)
+class _Backward:
+    """dx by one launch, which leaves the sums of as many programs for the parameters, or has `sums` do that."""
+
+    dx: Launch
+    programs: int
+    sums: Launch | None
+
+
+@prepared
+def _prepare_backward(
+    dy: Tensor, dh: Tensor | None, dx: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, weight_offset: float,
     centred: bool, dweight: bool, dbias: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> _Backward:  # fmt: skip
+    """Leading arguments: of dx x, dy, dh, dx, weight, partial sums, stats; of sums x, dy, partial sums, stats."""
     from lmops.kernels.norm import norm_backward_kernel
 
-    dx = torch.empty_like(x)
     n_cols, n_sums = x.shape[-1], dweight + dbias
-    if not x.numel():
-        return dx, stats.new_zeros(n_sums, n_cols)
     full = [x, dy, dx] if dh is None else [x, dy, dx, dh]
     layout = row_layout(full, [stats[0]])
     held, by_column = 4 if n_sums else 2, _by_column(layout.strides[0])
@@ -132,22 +147,37 @@ def _backward_triton(
         walk = replace(walk, num_warps=min(2 * walk.num_warps, 1_024 // warp_size()))
     sum_here = n_sums > 0 and walk.tile.fits
     programs = n_programs(walk, _processors(x)) if sum_here else walk.n_blocks
-    partial = stats.new_empty(programs, n_sums, n_cols) if sum_here else None
     x_strides, dy_strides, dx_strides, *others = layout.strides[: len(full)]
     flags = {name: value for name, value in walk.flags.items() if name != "EDGE"}
-    norm_backward_kernel[(programs,)](
-        x, dy, dh, dx, _dense(weight), partial, stats, layout.outer_shape, layout.n_rows, n_cols, walk.n_blocks,
-        stats.stride(0), weight_offset, x_strides, dy_strides, others[0] if others else dx_strides, dx_strides,
-        layout.strides[-1], **flags, **NO_FUSION, CENTRED=centred, WEIGHT=weight is not None,
-        RESIDUAL=dh is not None, DWEIGHT=sum_here and dweight, DBIAS=sum_here and dbias, ACC=_acc(x),
+    launch = Launch(
+        norm_backward_kernel, (programs,), layout.outer_shape, layout.n_rows, n_cols, walk.n_blocks, stats.stride(0),
+        weight_offset, x_strides, dy_strides, others[0] if others else dx_strides, dx_strides, layout.strides[-1],
+        **flags, **NO_FUSION, CENTRED=centred, WEIGHT=weight is not None, RESIDUAL=dh is not None,
+        DWEIGHT=sum_here and dweight, DBIAS=sum_here and dbias, ACC=_acc(x),
     )  # fmt: skip
-    if n_sums and partial is None:
-        partial = _long_sums(dy, x, stats, centred, dweight, dbias)
+    if n_sums and not sum_here:
+        return _Backward(launch, *_long_sums(dy, x, stats, centred, dweight, dbias))
+    return _Backward(launch, programs if sum_here else 0, None)
+
+
+def _backward_triton(
+    dy: Tensor, dh: Tensor | None, x: Tensor, stats: Tensor, weight: Tensor | None, weight_offset: float,
+    centred: bool, dweight: bool, dbias: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dx, n_cols, n_sums = torch.empty_like(x), x.shape[-1], dweight + dbias
+    if not x.numel():
+        return dx, stats.new_zeros(n_sums, n_cols)
+    weight = _dense(weight)
+    plan = _prepare_backward(dy, dh, dx, x, stats, weight, weight_offset, centred, dweight, dbias)
+    partial = stats.new_empty(plan.programs, n_sums, n_cols) if n_sums else None
+    plan.dx(x, dy, dh, dx, weight, partial if plan.sums is None else None, stats)
+    if plan.sums is not None:
+        plan.sums(x, dy, partial, stats)
     return dx, stats.new_empty(0, n_cols) if partial is None else partial.sum(0)
 
 
-def _long_sums(dy: Tensor, x: Tensor, stats: Tensor, centred: bool, dweight: bool, dbias: bool) -> Tensor:
-    """The programs' sums for the parameters of rows that do not fit, (programs, parameters, n_cols)."""
+def _long_sums(dy: Tensor, x: Tensor, stats: Tensor, centred: bool, dweight: bool, dbias: bool) -> tuple[int, Launch]:
+    """What sums for the parameters of rows that do not fit: its programs, each with (parameters, n_cols) sums."""
     from lmops.kernels.norm import norm_parameters_kernel
 
     layout = row_layout([x, dy], [stats[0]])
@@ -159,14 +189,12 @@ def _long_sums(dy: Tensor, x: Tensor, stats: Tensor, centred: bool, dweight: boo
     n_blocks = layout.n_outer * -(-layout.n_rows // rows)
     columns = -(-n_cols // cols)
     programs = min(n_blocks, -(-8 * _processors(x) // columns))
-    partial = stats.new_empty(programs, dweight + dbias, n_cols)
     x_strides, dy_strides, stats_strides = layout.strides
-    norm_parameters_kernel[(columns, programs)](
-        x, dy, partial, stats, layout.outer_shape, layout.n_rows, n_cols, n_blocks, stats.stride(0),
-        x_strides, dy_strides, stats_strides, ROWS=rows, COLS=cols, VEC=vec, CENTRED=centred,
+    return programs, Launch(
+        norm_parameters_kernel, (columns, programs), layout.outer_shape, layout.n_rows, n_cols, n_blocks,
+        stats.stride(0), x_strides, dy_strides, stats_strides, ROWS=rows, COLS=cols, VEC=vec, CENTRED=centred,
         DWEIGHT=dweight, DBIAS=dbias, ACC=_acc(x), num_warps=128 // warp_size(),
     )  # fmt: skip
-    return partial
 
 
 def _norm_fake(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmops.ops._launch import Launch, prepared
 from lmops.ops._register import define_op, warp_size
 from lmops.ops.softmax import FLOATS
 
@@ -35,10 +36,12 @@ def rope_tile(n_tokens: int, n_sequences: int, q_heads: int, k_heads: int, half:
     return Tile(tokens, heads, block, max(32, tokens * block // 8))
 
 
-def _launch(
+@prepared
+def _prepare(
     q: Tensor, k: Tensor | None, q_out: Tensor, k_out: Tensor | None, cos: Tensor, sin: Tensor,
-    positions: Tensor | None, interleaved: bool, inverse: bool,
-) -> None:  # fmt: skip
+    positions: Tensor | None, inplace: bool, interleaved: bool, inverse: bool,
+) -> Launch:  # fmt: skip
+    """A launch whose leading arguments are the tensors, in this order."""
     import triton.language as tl
 
     from lmops.kernels.rope import rope_kernel
@@ -56,11 +59,11 @@ def _launch(
     k_heads = 0 if k is None else k.shape[-2]
     tile = rope_tile(n_tokens, math.prod(outer_shape), q_heads, k_heads, half)
     q_blocks, k_blocks = -(-q_heads // tile.heads), -(-k_heads // tile.heads)
-    rest = 0 if q_out is q else dim - 2 * half
+    rest = 0 if inplace else dim - 2 * half
     q_strides, q_out_strides = strides(q, 2), strides(q_out, 2)
     blocks = math.prod(outer_shape) * -(-n_tokens // tile.tokens)
-    rope_kernel[(blocks, q_blocks + k_blocks)](
-        q, k, q_out, k_out, cos, sin, positions, outer_shape, n_tokens, q_heads, k_heads, tile.heads, q_blocks,
+    return Launch(
+        rope_kernel, (blocks, q_blocks + k_blocks), outer_shape, n_tokens, q_heads, k_heads, tile.heads, q_blocks,
         cos.shape[0], q_strides, q_strides if k is None else strides(k, 2), q_out_strides,
         q_out_strides if k_out is None else strides(k_out, 2),
         *((t.stride() if positions is not None else strides(t, 1)) for t in (cos, sin)),
@@ -76,7 +79,8 @@ def _rope_triton(
 ) -> tuple[Tensor, Tensor]:
     q_out, k_out = _rope_fake(q, k, cos, sin, positions, interleaved, inverse)
     if q.numel() or k_out.numel():
-        _launch(q, k, q_out, None if k is None else k_out, cos, sin, positions, interleaved, inverse)
+        tensors = (q, k, q_out, None if k is None else k_out, cos, sin, positions)
+        _prepare(*tensors, False, interleaved, inverse)(*tensors)
     return q_out, k_out
 
 
@@ -84,7 +88,8 @@ def _rope_inplace_triton(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> None:
     if q.numel() or (k is not None and k.numel()):
-        _launch(q, k, q, k, cos, sin, positions, interleaved, inverse)
+        tensors = (q, k, q, k, cos, sin, positions)
+        _prepare(*tensors, True, interleaved, inverse)(*tensors)
 
 
 def _rope_fake(

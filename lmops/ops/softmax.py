@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmops.ops._launch import Launch, prepared
 from lmops.ops._register import define_op
 from lmops.ops._rows import NO_FUSION, geometry, softmax_tile
 from lmops.ops._strides import row_layout
@@ -18,53 +17,56 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NEG_INF = float("-inf")
 
 
-def _launch(kernel: Any, full: Sequence[Tensor], per_row: Sequence[Tensor], temperature: float, **flags: Any) -> None:
-    """Launch over `full` (..., n_cols), of which the last is written, and `per_row` (...) or the temperature."""
+@prepared
+def _prepare(n_full: int, greedy: bool, log: bool, causal: bool, *tensors: Tensor) -> Launch:
+    """A launch over n_full tensors (..., n_cols), of which the last is written, and temperatures and more (...).
+
+    Its leading arguments are those that the kernel begins with: the forward kernel's for 2, the backward's for 3.
+    """
     import triton.language as tl
 
+    from lmops.kernels.softmax import softmax_backward_kernel, softmax_forward_kernel
+
+    full, per_row = tensors[:n_full], tensors[n_full:]
     n_cols = full[0].shape[-1]
-    layout = row_layout(full, per_row, keep_last=flags["CAUSAL"])
+    layout = row_layout(full, per_row, keep_last=causal)
     strides = layout.strides[0]
     # a value a tensor that is read, and one for the first maximum's search or the temperature's gradient; float64
     # takes pairs, and as much again to compute with
-    registers = sum(4 if t.element_size() == 8 else 1 for t in full[:-1]) + (bool(per_row) or temperature == 0)
+    registers = sum(4 if t.element_size() == 8 else 1 for t in full[:-1]) + (bool(per_row) or greedy)
     tile = softmax_tile(n_cols, layout.n_rows, registers, by_column=strides[-2] == 1 and strides[-1] > 1)
 
     walk = geometry(full, layout, tile)
-
-    # without temperatures a row the kernels still take the arguments, and look at none of them
-    n_per_row = len(full) - 1
-    pointers = per_row or [temperature, None][:n_per_row]
-    row_strides = layout.strides[len(full) :] or ((0,),) * n_per_row
-    kernel[walk.grid](
-        *full, *pointers, layout.outer_shape, layout.n_rows, n_cols, *layout.strides[: len(full)], *row_strides,
-        **walk.flags, PER_ROW=bool(per_row), ACC=tl.float64 if full[0].dtype == torch.float64 else tl.float32, **flags,
+    # without temperatures a row the kernels still take their strides, and look at none of them
+    row_strides = layout.strides[n_full:] or ((0,),) * (n_full - 1)
+    flags = {"GREEDY": greedy} if n_full == 2 else NO_FUSION
+    return Launch(
+        softmax_forward_kernel if n_full == 2 else softmax_backward_kernel, walk.grid,
+        layout.outer_shape, layout.n_rows, n_cols, *layout.strides[:n_full], *row_strides,
+        **walk.flags, PER_ROW=bool(per_row), ACC=tl.float64 if full[0].dtype == torch.float64 else tl.float32,
+        CAUSAL=causal, LOG=log, **flags,
     )  # fmt: skip
 
 
 def _forward_triton(
     x: Tensor, temperatures: Tensor | None, temperature: float, log: bool, causal: bool, dtype: torch.dtype
 ) -> Tensor:
-    from lmops.kernels.softmax import softmax_forward_kernel
-
     y = torch.empty_like(x, dtype=dtype)
-    if x.numel():
-        per_row = [] if temperatures is None else [temperatures]
-        greedy = temperatures is not None or temperature == 0
-        _launch(softmax_forward_kernel, [x, y], per_row, temperature, GREEDY=greedy, CAUSAL=causal, LOG=log)
+    if temperatures is not None and x.numel():
+        _prepare(2, True, log, causal, x, y, temperatures)(x, y, temperatures)
+    elif x.numel():
+        _prepare(2, temperature == 0, log, causal, x, y)(x, y, temperature)
     return y
 
 
 def _backward_triton(
     dy: Tensor, y: Tensor, temperatures: Tensor | None, temperature: float, log: bool, causal: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    from lmops.kernels.softmax import softmax_backward_kernel
-
     dx, dt = _backward_fake(dy, y, temperatures, temperature, log, causal, dtype)
-    if y.numel():
-        per_row = [] if temperatures is None else [temperatures, dt]
-        flags = {"CAUSAL": causal, "LOG": log, **NO_FUSION}
-        _launch(softmax_backward_kernel, [y, dy, dx], per_row, temperature, **flags)
+    if temperatures is not None and y.numel():
+        _prepare(3, True, log, causal, y, dy, dx, temperatures, dt)(y, dy, dx, temperatures, dt)
+    elif y.numel():
+        _prepare(3, temperature == 0, log, causal, y, dy, dx)(y, dy, dx, temperature, None)
     return dx, dt
 
 
