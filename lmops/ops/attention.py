@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmops.ops._launch import Launch, prepared
 from lmops.ops._register import define_op
 from lmops.reference.attention import attention as reference
 from lmops.reference.attention import backward as backward_reference
@@ -410,14 +411,13 @@ def target_name() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-def _arguments(q: Tensor, k: Tensor, v: Tensor, opts: Options, target: str) -> dict[str, Any]:
+def _arguments(q: Tensor, k: Tensor, v: Tensor, opts: Options, target: str, precision: str) -> dict[str, Any]:
     """What all the kernels take beside their tensors."""
     bias = "" if opts.bias is None else "mask" if opts.bias.dtype == torch.bool else "add"
     # the maximum of the products is that of the scores only if all that lies between them is a positive factor
     scaled = opts.softcap != 0 or opts.slopes is not None or bias == "add" or opts.scale <= 0
     return {
-        "bias_ptr": opts.bias, "slopes_ptr": opts.slopes, "cu_q_ptr": opts.cu_q, "cu_k_ptr": opts.cu_k,
-        "seed_ptr": opts.seed, "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride(),
+        "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride(),
         "bias_strides": _broadcast_strides(opts.bias),
         "slopes_stride": opts.slopes.shape[-1] if opts.slopes is not None and opts.slopes.ndim == 2 else 0,
         "n_heads": q.shape[1], "q_total": q.shape[2], "k_total": k.shape[2],
@@ -427,7 +427,7 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, opts: Options, target: str) -> d
         "PACKED": opts.cu_q is not None, "LEFT": opts.left is not None, "RIGHT": opts.right is not None,
         "BOTTOM_RIGHT": opts.bottom_right, "BIAS": bias, "ALIBI": opts.slopes is not None,
         "SOFTCAP": opts.softcap != 0, "DROPOUT": opts.dropout_p != 0, "SCALED": scaled,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "ieee" if precision == "highest" else "tf32",
         "PTX": target.startswith("sm_"),
         "BLOCK_D": block_dim(q.shape[3]), "BLOCK_E": block_dim(v.shape[3]),
     }  # fmt: skip
@@ -456,117 +456,155 @@ def _of_tile(tile: Tile, *tensors: Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _descriptors(target: str, rows: int, *tensors: Tensor) -> tuple[Any, Any] | None:
-    """Descriptors for the TMA unit to load tiles of so many rows, where there is one and the tensors suit it."""
+def _suit_descriptors(target: str, *tensors: Tensor) -> bool:
+    """Whether there is a TMA unit to load tiles, and the tensors are as it wants them."""
     if target not in ("sm_90", "sm_100") or tensors[0].element_size() == 4:
-        return None  # float32 products go through registers, where a tile of the TMA unit would only take a detour
+        return False  # float32 products go through registers, where a tile of the TMA unit would only take a detour
+    multiple = 16 // tensors[0].element_size()
+    return all(
+        t.data_ptr() % 16 == 0
+        and t.stride(3) == 1
+        and t.numel() > 0
+        and not any(t.stride(d) % multiple or not t.stride(d) for d in range(3) if t.shape[d] > 1)
+        for t in tensors
+    )
+
+
+def _descriptor(t: Tensor, rows: int) -> Any:
+    """What the TMA unit loads tiles of so many rows by; None for no rows."""
+    if not rows:
+        return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    for t in tensors:
-        multiple = 16 // t.element_size()
-        aligned = t.data_ptr() % 16 == 0 and t.stride(3) == 1
-        if (
-            not aligned
-            or t.numel() == 0
-            or any(t.stride(d) % multiple or not t.stride(d) for d in range(3) if t.shape[d] > 1)
-        ):
-            return None
-    found = []
-    for t in tensors:
-        strides = [t.stride(d) if t.shape[d] > 1 else max(16, t.shape[3]) for d in range(3)]
-        found.append(TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, block_dim(t.shape[3])]))
-    return found[0], found[1]
+    strides = [t.stride(d) if t.shape[d] > 1 else max(16, t.shape[3]) for d in range(3)]
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, block_dim(t.shape[3])])
 
 
 MAX_GRID = 65_535  # blocks in the second and third dimension of a grid
 
 
-def _launch(kernel: Any, grid: tuple[int, int, int], *tensors: Any, **arguments: Any) -> None:
-    """Launch over (tiles, heads, batch); a larger batch than a grid holds takes several launches."""
+def _launches(kernel: Any, grid: tuple[int, int, int], **arguments: Any) -> tuple[Launch, ...]:
+    """Over (tiles, heads, batch); a larger batch than a grid holds takes several. Pointers are leading arguments."""
     tiles, heads, n_batch = grid
-    for first in range(0, n_batch, MAX_GRID):
-        kernel[(tiles, heads, min(MAX_GRID, n_batch - first))](*tensors, FIRST_BATCH=first, **arguments)
+    return tuple(
+        Launch(kernel, (tiles, heads, min(MAX_GRID, n_batch - first)), FIRST_BATCH=first, **arguments)
+        for first in range(0, n_batch, MAX_GRID)
+    )
 
 
-def _forward_triton(
-    q: Tensor, k: Tensor, v: Tensor, for_backward: bool, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+@prepared
+def _prepare_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, for_backward: bool, precision: str, *options: Any
+) -> tuple[tuple[Launch, ...], int]:
+    """The launches, and the keys that a descriptor of k or v loads, 0 for none of these."""
     from lmops.kernels.attention import attention_forward_kernel
 
-    opts = Options(*options)
-    out, lse, base = _forward_fake(q, k, v, for_backward)
-    if out.numel() == 0:
-        return out, lse.fill_(NEG_INF), base.zero_()  # nothing is computed from base
-    target = target_name()
-    arguments = _arguments(q, k, v, opts, target)
+    opts, target = Options(*options), target_name()
+    arguments = _arguments(q, k, v, opts, target, precision)
     group, n_batch = arguments["GROUP"], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
     # few queries: the query heads of a key head share a tile, and its keys are read once
     pack = group if opts.max_q * group <= 64 else 1
     rows = opts.max_q * pack
     dim = max(arguments["BLOCK_D"], arguments["BLOCK_E"])
     tile = attention_tile("forward", dim, q.element_size(), rows, target, tile_column("forward", opts, group, target))
-    descriptors = _descriptors(target, tile.block_n, k, v)
-    grid = (-(-rows // tile.block_m), q.shape[1] // pack, n_batch)
-    _launch(
-        attention_forward_kernel, grid, q, k, v, *(descriptors or (None, None)), out, lse,
-        base if for_backward else None, sinks_ptr=opts.sinks, o_strides=out.stride(), PACK=pack,
-        SINKS=opts.sinks is not None, BASE=for_backward, DESCRIPTOR=descriptors is not None,
-        **arguments, **_of_tile(tile, k, v),
+    descriptors = _suit_descriptors(target, k, v)
+    launches = _launches(
+        attention_forward_kernel, (-(-rows // tile.block_m), q.shape[1] // pack, n_batch), o_strides=out.stride(),
+        PACK=pack, SINKS=opts.sinks is not None, BASE=for_backward, DESCRIPTOR=descriptors, **arguments,
+        **_of_tile(tile, k, v),
     )  # fmt: skip
+    return launches, tile.block_n if descriptors else 0
+
+
+def _forward_triton(
+    q: Tensor, k: Tensor, v: Tensor, for_backward: bool, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, base = _forward_fake(q, k, v, for_backward)
+    if out.numel() == 0:
+        return out, lse.fill_(NEG_INF), base.zero_()  # nothing is computed from base
+    launches, rows = _prepare_forward(q, k, v, out, for_backward, torch.get_float32_matmul_precision(), *options)
+    k_desc, v_desc = _descriptor(k, rows), _descriptor(v, rows)
+    for launch in launches:
+        launch(q, k, v, k_desc, v_desc, out, lse, base if for_backward else None, *options[:6])
     return out, lse, base
 
 
-def _backward_triton(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, base: Tensor, bias_grad: bool,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+@dataclass(frozen=True)
+class _Backward:
+    """The launches of a backward, and the keys that a descriptor of k or v loads in that for dq, 0 for none."""
+
+    dq: tuple[Launch, ...]
+    rows: int
+    dkv: tuple[Launch, ...]
+    bias: Launch | None
+
+
+@prepared
+def _prepare_backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    dbias: Tensor | None, precision: str, *options: Any,
+) -> _Backward:  # fmt: skip
     from lmops.kernels.attention import (
         attention_backward_bias_kernel,
         attention_backward_dkv_kernel,
         attention_backward_dq_kernel,
     )
 
-    opts = Options(*options)
+    opts, target = Options(*options), target_name()
+    arguments = _arguments(q, k, v, opts, target, precision) | {"WIDE": q.dtype == torch.float32}
+    dim, size = max(arguments["BLOCK_D"], arguments["BLOCK_E"]), q.element_size()
+    n_heads, kv_heads, n_batch = q.shape[1], k.shape[1], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
+    group = arguments["GROUP"]
+    tile = attention_tile("dq", dim, size, opts.max_q, target, tile_column("dq", opts, group, target))
+    descriptors = _suit_descriptors(target, k, v)
+    rows = tile.block_n if descriptors else 0
+    to_dq = _launches(
+        attention_backward_dq_kernel, (-(-opts.max_q // tile.block_m), n_heads, n_batch), o_strides=o.stride(),
+        do_strides=do.stride(), dq_strides=dq.stride(), dlse_strides=(0, 0, 0) if dlse is None else dlse.stride(),
+        DLSE=dlse is not None, DESCRIPTOR=descriptors, **arguments, **_of_tile(tile, k, v),
+    )  # fmt: skip
+    tile = attention_tile("dkv", dim, size, opts.max_k, target, tile_column("dkv", opts, group, target))
+    to_dkv = _launches(
+        attention_backward_dkv_kernel, (-(-opts.max_k // tile.block_n), kv_heads, n_batch), do_strides=do.stride(),
+        dk_strides=dk.stride(), dv_strides=dv.stride(), **arguments, **_of_tile(tile, q, do),
+    )  # fmt: skip
+    if dbias is None or opts.bias is None:
+        return _Backward(to_dq, rows, to_dkv, None)
+    tile = attention_tile("bias", dim, size, opts.max_q, target, tile_column("bias", opts, group, target))
+    summed = tuple(
+        b == 1 and n != 1
+        for b, n in zip(opts.bias.shape, (n_batch, n_heads, *q.shape[2:3], *k.shape[2:3]), strict=True)
+    )
+    blocks = (n_batch, n_heads, -(-q.shape[2] // tile.block_m), -(-k.shape[2] // tile.block_n))
+    own = {name: value for name, value in arguments.items() if name in attention_backward_bias_kernel.arg_names}
+    to_bias = Launch(
+        attention_backward_bias_kernel, (math.prod(1 if s else n for s, n in zip(summed, blocks, strict=True)),),
+        do_strides=do.stride(), dbias_strides=_broadcast_strides(dbias), n_batch=n_batch, SUM=summed,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages, **own,
+    )  # fmt: skip
+    return _Backward(to_dq, rows, to_dkv, to_bias)
+
+
+def _backward_triton(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, base: Tensor, bias_grad: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv, dbias, dsinks = grads = _backward_fake(do, dlse, q, k, v, o, base, bias_grad, *options)
     if q.numel() == 0 or k.shape[2] == 0:
         return _without_scores(grads, dlse)
-    target = target_name()
-    arguments = _arguments(q, k, v, opts, target) | {"WIDE": q.dtype == torch.float32}
-    dim, size = max(arguments["BLOCK_D"], arguments["BLOCK_E"]), q.element_size()
-    n_heads, kv_heads, n_batch = q.shape[1], k.shape[1], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
-    stats = base.new_empty(*base.shape[:3], 3 if arguments["WIDE"] else 2)
-    group = arguments["GROUP"]
-    tile = attention_tile("dq", dim, size, opts.max_q, target, tile_column("dq", opts, group, target))
-    descriptors = _descriptors(target, tile.block_n, k, v)
-    grid = (-(-opts.max_q // tile.block_m), n_heads, n_batch)
-    _launch(
-        attention_backward_dq_kernel, grid, q, k, v, *(descriptors or (None, None)), o, do, dq, base, dlse, stats,
-        o_strides=o.stride(), do_strides=do.stride(), dq_strides=dq.stride(),
-        dlse_strides=(0, 0, 0) if dlse is None else dlse.stride(), DLSE=dlse is not None,
-        DESCRIPTOR=descriptors is not None, **arguments, **_of_tile(tile, k, v),
-    )  # fmt: skip
-    tile = attention_tile("dkv", dim, size, opts.max_k, target, tile_column("dkv", opts, group, target))
-    grid = (-(-opts.max_k // tile.block_n), kv_heads, n_batch)
-    _launch(
-        attention_backward_dkv_kernel, grid, q, k, v, do, dk, dv, stats, do_strides=do.stride(), dk_strides=dk.stride(),
-        dv_strides=dv.stride(), **arguments, **_of_tile(tile, q, do),
-    )  # fmt: skip
-    if bias_grad:
-        assert opts.bias is not None
-        tile = attention_tile("bias", dim, size, opts.max_q, target, tile_column("bias", opts, group, target))
-        summed = tuple(
-            b == 1 and n != 1
-            for b, n in zip(opts.bias.shape, (n_batch, n_heads, *q.shape[2:3], *k.shape[2:3]), strict=True)
-        )
-        blocks = (n_batch, n_heads, -(-q.shape[2] // tile.block_m), -(-k.shape[2] // tile.block_n))
-        own = {name: value for name, value in arguments.items() if name in attention_backward_bias_kernel.arg_names}
-        attention_backward_bias_kernel[(math.prod(1 if s else n for s, n in zip(summed, blocks, strict=True)),)](
-            q, k, v, do, dbias, stats, do_strides=do.stride(), dbias_strides=_broadcast_strides(dbias),
-            n_batch=n_batch, SUM=summed, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-            num_stages=tile.num_stages, **own,
-        )  # fmt: skip
-    if opts.sinks is not None:  # a score whose value is 0: ds = p (0 - delta)
-        p = torch.exp2(opts.sinks.float()[:, None] * LOG2E - base[..., 0] - base[..., 1])
+    bias, slopes, sinks, cu_q, cu_k, seed = options[:6]
+    stats = base.new_empty(*base.shape[:3], 3 if q.dtype == torch.float32 else 2)
+    precision = torch.get_float32_matmul_precision()
+    plan = _prepare_backward(do, dlse, q, k, v, o, dq, dk, dv, dbias if bias_grad else None, precision, *options)
+    k_desc, v_desc = _descriptor(k, plan.rows), _descriptor(v, plan.rows)
+    for launch in plan.dq:
+        launch(q, k, v, k_desc, v_desc, o, do, dq, base, dlse, stats, bias, slopes, cu_q, cu_k, seed)
+    for launch in plan.dkv:
+        launch(q, k, v, do, dk, dv, stats, bias, slopes, cu_q, cu_k, seed)
+    if plan.bias is not None:
+        plan.bias(q, k, v, do, dbias, stats, bias, slopes, seed)
+    if sinks is not None:  # a score whose value is 0: ds = p (0 - delta)
+        p = torch.exp2(sinks.float()[:, None] * LOG2E - base[..., 0] - base[..., 1])
         dsinks.copy_(-(p * stats[..., 1]).sum((0, 2)))
     return grads
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmops.ops._launch import Launch, prepared
 from lmops.ops._register import define_op
 from lmops.ops.attention import (
     LOG2E,
@@ -22,7 +24,7 @@ from lmops.ops.attention import (
     check_window,
     target_name,
 )
-from lmops.ops.paged_cache import FLOATS, FORMATS, KVPages
+from lmops.ops.paged_cache import FLOATS, FORMATS, KVPages, as_bytes
 
 SCHEMA = (
     "paged_attention(Tensor query, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor block_table,"
@@ -247,16 +249,33 @@ def _n_cores(device: torch.device) -> int:
     return 108  # of an A100: in an interpreter or a simulator
 
 
-def _triton(
+@dataclass(frozen=True)
+class _Plan:
+    """The launches of a call: over the shared prefix, over what is behind it, and of the combination of their parts.
+
+    parts: of the prefix and of all; 0 of all: one launch writes the result.
+    """
+
+    prefix: Launch | None
+    suffix: Launch
+    combine: Launch | None
+    prefix_parts: int
+    all_parts: int
+
+
+@prepared
+def _prepare(
     query: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor,
     context_lens: Tensor, cu_q: Tensor | None, leftpad: Tensor | None, slopes: Tensor | None, sinks: Tensor | None,
-    max_q: int, scale: float, left: int | None, right: int | None, softcap: float, shared: int, batch_invariant: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out: Tensor, lse: Tensor, max_q: int, scale: float, left: int | None, right: int | None, softcap: float,
+    shared: int, batch_invariant: bool, rounded: bool,
+) -> _Plan:  # fmt: skip
+    """Leading arguments of the launches are the tensors up to sinks, output and LSE, or those of the parts.
+
+    rounded: products of float32 may be rounded to TF32.
+    """
     from lmops.kernels.paged_attention import combine_kernel, paged_attention_kernel
 
-    out, lse = _fake(query, k, v)
-    if out.numel() == 0 or block_table.shape[1] == 0 or k.shape[0] == 0:
-        return out.zero_(), lse.fill_(NEG_INF)
     n_tokens, n_heads, head_dim = query.shape
     n_seqs, width = block_table.shape
     n_blocks, block_size, kv_heads = k.shape[:3]
@@ -264,39 +283,11 @@ def _triton(
     format = FORMATS.get(k.dtype, "native")
     # Triton 3.7 gets products of 16 terms on tensor cores wrong where the right factor is widened from 8 bits; 3.9 does
     # not. Tiles of float32 queries have that few keys, and therefore do not use tensor cores for quantized pages
-    precision = "tf32" if format == "native" and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    precision = "tf32" if rounded and format == "native" else "ieee"
     block_d, block_e = (max(16 if format == "native" else 32, block_dim(d)) for d in (head_dim, value_dim))
-    dim = max(block_d, block_e)
-    if format == "fp8":  # its bytes: not all targets of Triton have the type
-        k, v = k.view(torch.uint8), v.view(torch.uint8)
-    target = target_name()
+    dim, target = max(block_d, block_e), target_name()
+    # the maximum of the products is that of the scores only if all that lies between them is a positive factor
     scaled = softcap != 0 or slopes is not None or scale <= 0
-
-    def attend(prefix: bool, row_tiles: int, tile: Tile, parts: int, o: Tensor, lse: Tensor, first_part: int) -> None:
-        """One launch: over the shared prefix, by all queries as if they were one sequence's, or over what is behind."""
-        in_parts = o.ndim == 4
-        one = width == 1 or block_size % tile.block_n == 0
-        o_at, lse_at = (o[:, :, first_part:], lse[:, :, first_part:]) if in_parts else (o, lse.t())
-        paged_attention_kernel[(row_tiles, kv_heads, parts)](
-            query, k, v, k_scale, v_scale, block_table, context_lens, cu_q, leftpad, slopes,
-            None if in_parts else sinks, o_at, lse_at, query.stride(), k.stride(), v.stride(),
-            (0, 0, 0) if k_scale is None else k_scale.stride(), (0, 0, 0) if v_scale is None else v_scale.stride(),
-            block_table.stride(0), slopes.shape[-1] if slopes is not None and slopes.ndim == 2 else 0,
-            (*o_at.stride()[:2], o_at.stride(2) if in_parts else 0),
-            (*lse_at.stride()[:2], lse_at.stride(2) if in_parts else 0),
-            1 if prefix else n_seqs, n_tokens, n_tokens if prefix else max_q, n_blocks, block_size,
-            width * block_size, shared, scale,
-            LOG2E if scaled else scale * LOG2E, left or 0, right or 0, softcap, LEAST_KEYS // tile.block_n,
-            HEAD_DIM=head_dim, VALUE_DIM=value_dim, GROUP=group, FORMAT=format, BLOCK_SIZE=1 if one else block_size,
-            ONE=one, RAGGED=cu_q is not None and not prefix, PREFIX=prefix, SUFFIX=shared > 0 and not prefix,
-            LEFTPAD=leftpad is not None, LEFT=left is not None, RIGHT=right is not None and not prefix,
-            ALIBI=slopes is not None, SOFTCAP=softcap != 0, SINKS=sinks is not None and not in_parts, SCALED=scaled,
-            PARTS=in_parts, ORDERED=batch_invariant,
-            PRECISION=precision, PTX=target.startswith("sm_"),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, BLOCK_E=block_e,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-
     # whether few or many rows share a tile must not depend on the batch where results may not
     kind = "quantized" if format != "native" else "other" if scaled or left is not None else "plain"
     tile = paged_tile(dim, query.element_size(), group if batch_invariant else max_q * group, target, kind)
@@ -306,25 +297,75 @@ def _triton(
         row_tiles = n_tokens * group // tile.block_m + n_seqs
     cores, row_bytes = _n_cores(query.device), 4 * n_tokens * n_heads * value_dim
     parts = 1 if batch_invariant else n_parts(row_tiles * kv_heads, width * block_size - shared, row_bytes, cores)
-    if not shared and parts == 1:
-        attend(False, row_tiles, tile, 1, out, lse, 0)
-        return out, lse
     prefix_parts = 0
     if shared:
         prefix_tile = paged_tile(dim, query.element_size(), n_tokens * group, target, kind)
         prefix_tiles = -(-n_tokens * group // prefix_tile.block_m)
         prefix_parts = n_parts(prefix_tiles * kv_heads, shared, row_bytes, cores)
-    part_o = query.new_empty(n_tokens, n_heads, prefix_parts + parts, value_dim, dtype=torch.float32)
-    part_lse = query.new_empty(n_tokens, n_heads, prefix_parts + parts, dtype=torch.float32)
-    if shared:
-        attend(True, prefix_tiles, prefix_tile, prefix_parts, part_o, part_lse, 0)
-    attend(False, row_tiles, tile, parts, part_o, part_lse, prefix_parts)
-    all_parts = prefix_parts + parts
-    combine_kernel[(n_tokens, n_heads)](
-        part_o, part_lse, sinks, out, lse, out.stride()[:2], lse.stride()[::-1], n_heads, n_tokens, all_parts,
-        VALUE_DIM=value_dim, SINKS=sinks is not None, BLOCK_P=1 << (all_parts - 1).bit_length(),
-        BLOCK_E=block_dim(value_dim), num_warps=4 if all_parts > 8 else 1,
+    all_parts = prefix_parts + parts if shared or parts > 1 else 0
+    if all_parts:  # (T, H, P, E) and (T, H, P)
+        o_strides: tuple[int, ...] = (n_heads * all_parts * value_dim, all_parts * value_dim, value_dim)
+        lse_strides: tuple[int, ...] = (n_heads * all_parts, all_parts, 1)
+    else:
+        o_strides, lse_strides = (*out.stride()[:2], 0), (*lse.t().stride(), 0)
+
+    def attend(prefix: bool, row_tiles: int, tile: Tile, parts: int) -> Launch:
+        """Over the shared prefix, by all queries as if they were one sequence's, or over what is behind."""
+        one = width == 1 or block_size % tile.block_n == 0
+        return Launch(
+            paged_attention_kernel, (row_tiles, kv_heads, parts),
+            query.stride(), k.stride(), v.stride(),
+            (0, 0, 0) if k_scale is None else k_scale.stride(), (0, 0, 0) if v_scale is None else v_scale.stride(),
+            block_table.stride(0), slopes.shape[-1] if slopes is not None and slopes.ndim == 2 else 0,
+            o_strides, lse_strides,
+            1 if prefix else n_seqs, n_tokens, n_tokens if prefix else max_q, n_blocks, block_size,
+            width * block_size, shared, scale,
+            LOG2E if scaled else scale * LOG2E, left or 0, right or 0, softcap, LEAST_KEYS // tile.block_n,
+            HEAD_DIM=head_dim, VALUE_DIM=value_dim, GROUP=group, FORMAT=format, BLOCK_SIZE=1 if one else block_size,
+            ONE=one, RAGGED=cu_q is not None and not prefix, PREFIX=prefix, SUFFIX=shared > 0 and not prefix,
+            LEFTPAD=leftpad is not None, LEFT=left is not None, RIGHT=right is not None and not prefix,
+            ALIBI=slopes is not None, SOFTCAP=softcap != 0, SINKS=sinks is not None and not all_parts, SCALED=scaled,
+            PARTS=all_parts > 0, ORDERED=batch_invariant, PRECISION=precision, PTX=target.startswith("sm_"),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, BLOCK_E=block_e,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+    return _Plan(
+        attend(True, prefix_tiles, prefix_tile, prefix_parts) if shared else None,
+        attend(False, row_tiles, tile, parts),
+        Launch(
+            combine_kernel, (n_tokens, n_heads), out.stride()[:2], lse.stride()[::-1], n_heads, n_tokens, all_parts,
+            VALUE_DIM=value_dim, SINKS=sinks is not None, BLOCK_P=1 << (all_parts - 1).bit_length(),
+            BLOCK_E=block_dim(value_dim), num_warps=4 if all_parts > 8 else 1,
+        ) if all_parts else None,
+        prefix_parts,
+        all_parts,
     )  # fmt: skip
+
+
+def _triton(
+    query: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor,
+    context_lens: Tensor, cu_q: Tensor | None, leftpad: Tensor | None, slopes: Tensor | None, sinks: Tensor | None,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse = _fake(query, k, v)
+    if out.numel() == 0 or block_table.shape[1] == 0 or k.shape[0] == 0:
+        return out.zero_(), lse.fill_(NEG_INF)
+    tensors = (query, k, v, k_scale, v_scale, block_table, context_lens, cu_q, leftpad, slopes)
+    rounded = torch.get_float32_matmul_precision() != "highest"
+    plan = _prepare(*tensors, sinks, out, lse, *numbers, rounded)
+    tensors = (query, as_bytes(k), as_bytes(v), *tensors[3:])
+    if plan.combine is None:
+        plan.suffix(*tensors, sinks, out, lse)
+        return out, lse
+    part_o = query.new_empty(*query.shape[:2], plan.all_parts, out.shape[2], dtype=torch.float32)
+    part_lse = query.new_empty(*query.shape[:2], plan.all_parts, dtype=torch.float32)
+    if plan.prefix is not None:
+        plan.prefix(*tensors, None, part_o, part_lse)
+    first = plan.prefix_parts
+    behind = (part_o[:, :, first:], part_lse[:, :, first:]) if first else (part_o, part_lse)
+    plan.suffix(*tensors, None, *behind)
+    plan.combine(part_o, part_lse, sinks, out, lse)
     return out, lse
 
 

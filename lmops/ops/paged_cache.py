@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lmops.ops._launch import Launch, prepared
 from lmops.ops._register import define_op, warp_size
 from lmops.reference.paged_cache import quantize_rows, rotate
 
@@ -132,27 +133,23 @@ def _with_column(scale: Tensor | None, format: str) -> tuple[int, ...]:
     return scale.stride() if format == "int4" else (*scale.stride(), 0)
 
 
-def _store_triton(
+@prepared
+def _prepare_store(
     k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
     slot_mapping: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, interleaved: bool,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
+    """A launch whose leading arguments are the tensors."""
     from lmops.kernels.paged_cache import store_kv_kernel
 
     n_tokens, n_heads, head_dim = k.shape
-    if n_tokens == 0 or n_heads == 0:
-        return
     format = FORMATS.get(k_pages.dtype, "native")
-    if format == "fp8":
-        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
-    half = 0
-    if cos is not None and sin is not None and positions is not None:
-        half, cos, sin, positions = cos.shape[1], cos.contiguous(), sin.contiguous(), positions.contiguous()
+    half = 0 if cos is None else cos.shape[1]
     parts = [head_dim, v.shape[2]] + ([] if not half else [2 * half] if interleaved else [half])
     tile = store_tile(n_heads, max(parts), min(parts), 4 if format == "int4" else 8 * k_pages.element_size())
     unit = _unit(k, v, k_pages, v_pages)
     # without contraction of products the rotation rounds as torch does, so that codes are the same
-    store_kv_kernel[(n_tokens, -(-n_heads // tile.rows))](
-        k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping.contiguous(), cos, sin, positions,
+    return Launch(
+        store_kv_kernel, (n_tokens, -(-n_heads // tile.rows)),
         k_pages.shape[0] * k_pages.shape[1], 0 if cos is None else cos.shape[0],
         _in_units(k, unit), _in_units(v, unit), _in_units(k_pages, unit), _in_units(v_pages, unit),
         _with_column(k_scale, format), _with_column(v_scale, format),
@@ -160,6 +157,24 @@ def _store_triton(
         INTERLEAVED=interleaved, VEC=unit, FORMAT=format, num_warps=max(1, tile.threads // warp_size()),
         enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _store_triton(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
+    slot_mapping: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, interleaved: bool,
+) -> None:  # fmt: skip
+    if k.numel() == 0:
+        return
+    if cos is not None and sin is not None and positions is not None:
+        cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
+    others = (k_scale, v_scale, slot_mapping.contiguous(), cos, sin, positions)
+    launch = _prepare_store(k, v, k_pages, v_pages, *others, interleaved)
+    launch(k, v, as_bytes(k_pages), as_bytes(v_pages), *others)
+
+
+def as_bytes(pages: Tensor) -> Tensor:
+    """fp8 as its bytes: not all targets of Triton have the type."""
+    return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
 
 
 def _store_cpu(
@@ -312,25 +327,33 @@ def _check_rope(
     return cos.detach(), sin.detach()
 
 
-def _copy_triton(k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, copies: Tensor) -> None:
+@prepared
+def _prepare_copy(k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, copies: Tensor) -> Launch:
+    """A launch whose leading arguments are the tensors."""
     from lmops.kernels.paged_cache import copy_blocks_kernel
 
     n_blocks, block_size, n_heads, width = k.shape
-    if copies.shape[0] == 0 or n_heads == 0:
-        return
     format = FORMATS.get(k.dtype, "native")
-    # as integers, which are copied as they are
-    k, v = (t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()]) for t in (k, v))
     unit = _unit(k, v)
     per_row = max(1, _next_power_of_2(max(width, v.shape[3])) * k.element_size() // 16)
     slots = max(1, min(_next_power_of_2(block_size), 128 // per_row))
-    copy_blocks_kernel[(copies.shape[0], n_heads)](
-        k, v, k_scale, v_scale, copies.contiguous(), n_blocks, _in_units(k, unit), _in_units(v, unit),
+    return Launch(
+        copy_blocks_kernel, (copies.shape[0], n_heads), n_blocks, _in_units(k, unit), _in_units(v, unit),
         _with_column(k_scale, format), _with_column(v_scale, format),
         D=width, DV=v.shape[3], SCALES=0 if k_scale is None else 2 if format == "int4" else 1, BLOCK_SIZE=block_size,
         COUNTS=copies.shape[1] == 3, SLOTS=slots, VEC=unit,
         num_warps=max(1, min(4, slots * per_row // warp_size())),
     )  # fmt: skip
+
+
+def _copy_triton(k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, copies: Tensor) -> None:
+    if copies.shape[0] == 0 or k.shape[2] == 0:
+        return
+    copies = copies.contiguous()
+    launch = _prepare_copy(k, v, k_scale, v_scale, copies)
+    # as integers, which are copied as they are
+    k, v = (t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()]) for t in (k, v))
+    launch(k, v, k_scale, v_scale, copies)
 
 
 def _copy_cpu(k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, copies: Tensor) -> None:
