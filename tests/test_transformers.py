@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -805,3 +806,77 @@ def test_kernels_under_a_paged_cache(path):
         both = torch.cat([tokens, tokens[:, :1]], 1)
         expected = model(both, attention_mask=mask).logits[:, -1:]
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "GptOss"])
+def test_continuous_batching_generates_the_same(family, monkeypatch):
+    model = build(family, attn_implementation="eager")
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14] * 9]
+    config = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=96)
+    alone = [model.generate(torch.tensor([p]), generation_config=config)[0, len(p) :].tolist() for p in prompts]
+    queries = []
+
+    def attention(query, *args, **kwargs):
+        queries.append(query.shape[2])
+        return integration_attention(query, *args, **kwargs)
+
+    integration_attention = integration.attention
+    monkeypatch.setattr(integration, "attention", attention)
+    with integration.continuous_batching(model):
+        outputs = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+    together = [outputs[f"req_{i}"].generated_tokens for i in range(len(prompts))]
+    assert together == alone
+    assert queries[0] == sum(map(len, prompts))  # one ragged batch, without padding
+    assert model.config._attn_implementation == "eager"
+
+
+def test_continuous_batching_over_a_block_table(path):
+    """What a cache of transformers hands over on a GPU, for one token a sequence; the last row is padding."""
+    lengths, size, n_heads = [5, 16, 1, 0], 4, 2
+    table = torch.tensor([[3, 9, -1, -1], [1, 2, 8, 4], [0, -1, -1, -1], [-1] * 4], dtype=torch.int32)
+    dense = [torch.randn(n, 2, n_heads, 16) for n in lengths]  # keys and values of each token
+    caches = torch.full((2, 10, size, n_heads, 16), float("nan"))
+    for row, tokens in zip(table.tolist(), dense, strict=True):
+        for i, (k, v) in enumerate(tokens[:-1]):
+            caches[0, row[i // size], i % size], caches[1, row[i // size], i % size] = k, v
+    new = torch.stack([t[-1] if len(t) else torch.zeros(2, n_heads, 16) for t in dense], 2)  # (2, heads, sequences, 16)
+    query, sinks = torch.randn(1, 4, 4, 16), torch.randn(4)
+    k_cache, v_cache, table, new, query, sinks = (
+        t.to(path.device) for t in (k_cache, v_cache, table, new, query, sinks)
+    )
+
+    class Cache:
+        def update(self, key_states, value_states, layer_idx, kwargs):
+            kwargs |= {"k_cache": k_cache, "v_cache": v_cache, "cu_seq_lens_k": kwargs["cu_seq_lens_k"]["full"]}
+            return key_states, value_states
+
+    cu = torch.tensor([0, *lengths]).cumsum(0).int().to(path.device)
+    out, _ = integration.batching_forward(
+        SimpleNamespace(layer_idx=0), query, new[:1], new[1:], None, scaling=0.3, sliding_window=7, softcap=2.0,
+        s_aux=sinks, cache=Cache(), cu_seq_lens_q=torch.arange(5).int(), max_length_q=1, block_table=table,
+        cu_seq_lens_k={"full": cu},
+    )  # fmt: skip
+    assert out.shape == (1, 4, 4, 16)
+    for s, tokens in enumerate(dense[:-1]):
+        seen = tokens[-7:].transpose(0, 1).transpose(1, 2)  # (2, heads, keys, 16)
+        truth, _ = plain_attention(
+            None, query[:, :, s : s + 1].cpu(), seen[:1], seen[1:], None, scaling=0.3, softcap=2.0, s_aux=sinks.cpu()
+        )
+        torch.testing.assert_close(out[:, s].cpu(), truth[:, 0])
+    assert not out[:, 3].any()
+
+
+def test_continuous_batching_refuses():
+    with pytest.raises(ValueError, match='is for continuous batching only; use "lmops"'):
+        integration.batching_forward(None, None, None, None, None)
+    with (
+        pytest.raises(NotImplementedError, match="BertModel has no generate_batch"),
+        integration.continuous_batching(transformers.BertModel(transformers.BertConfig(**BERT))),
+    ):
+        pass
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4))
+    with (
+        pytest.raises(NotImplementedError, match="BloomForCausalLM: its layers compute"),
+        integration.continuous_batching(bloom),
+    ):
+        pass

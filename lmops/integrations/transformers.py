@@ -11,6 +11,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 
 from lmops.ops.attention import attention
 from lmops.ops.loss import cross_entropy
+from lmops.ops.paged_attention import paged_attention
+from lmops.ops.paged_cache import KVPages, store_kv
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -35,7 +39,18 @@ except ImportError as error:
     ) from error
 
 NAME = "lmops"
-__all__ = ["NAME", "LmopsConfig", "LmopsQuantizer", "PagedCache", "attention_forward", "attention_mask"]
+BATCHING_NAME = "lmops_flash"
+__all__ = [
+    "BATCHING_NAME",
+    "NAME",
+    "LmopsConfig",
+    "LmopsQuantizer",
+    "PagedCache",
+    "attention_forward",
+    "attention_mask",
+    "batching_forward",
+    "continuous_batching",
+]
 
 
 # -------------------------------------------------------------------------------------------------------- attention
@@ -172,8 +187,86 @@ def _own_attention(source: str) -> bool:
     return "get_interface(" not in source and bool(re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.M))
 
 
+def batching_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cache: Any = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of transformers' continuous batching: tokens of all sequences in a row, (1, H, T, D) -> (1, T, H, D).
+
+    cache: theirs. Where it gives a block table (one token a sequence), keys and values are stored and read in its pages
+    by `paged_attention`; else it stores them and returns those of all sequences in a row.
+    Raises ValueError outside of continuous batching.
+    """
+    if cache is None or cu_seq_lens_q is None:
+        raise ValueError(f'attn_implementation="{BATCHING_NAME}" is for continuous batching only; use "{NAME}"')
+    left = None if sliding_window is None else sliding_window - 1
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    cu_k: Tensor = kwargs["cu_seq_lens_k"]
+    if kwargs.get("block_table") is not None:
+        pages, table = KVPages(kwargs["k_cache"], kwargs["v_cache"]), kwargs["block_table"].int()
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        lengths = (cu_k[1 : len(q) + 1] - cu_k[: len(q)]).int()
+        at = (lengths.long() - 1).clamp(min=0)  # of the new token; a sequence of no tokens is padding
+        blocks = table.gather(1, (at // pages.block_size)[:, None])[:, 0]
+        store_kv(k, v, pages, torch.where(lengths > 0, blocks * pages.block_size + at % pages.block_size, -1))
+        window = None if left is None else (left, None)
+        out = paged_attention(q, pages, table, lengths, scale=scaling, window=window, softcap=softcap, sinks=s_aux)
+        assert isinstance(out, Tensor)
+        return out[None], None
+    out, _ = attention(
+        query, key, value, scale=scaling, left=left, right=0, bottom_right=True, softcap=softcap, sinks=s_aux,
+        cu_seqlens_q=cu_seq_lens_q.int(), cu_seqlens_k=cu_k.int(), max_seqlen_q=max_length_q,
+        max_seqlen_k=kwargs["max_length_k"],
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def continuous_batching(model: Any) -> Iterator[None]:
+    """Inside the block the model's `generate_batch` and `init_continuous_batching` use this package's attention.
+
+        with continuous_batching(model):
+            outputs = model.generate_batch(prompts, generation_config=config)
+
+    transformers takes for continuous batching an attention function whose name says "flash", which it then gives packed
+    sequences and no mask; `set_attn_implementation` would look for a package of that name, so the name is written
+    into the model's configuration, and taken back at the end. Raises NotImplementedError where transformers has no
+    continuous batching, or the model's layers do not take their attention from the registry.
+    """
+    if not hasattr(model, "generate_batch"):
+        raise NotImplementedError(
+            f"{type(model).__name__} has no generate_batch in transformers {transformers.__version__}; tested with 5.23"
+        )
+    if _own_attention(_model_source(model.config)):
+        raise NotImplementedError(
+            f"{type(model).__name__}: its layers compute their attention themselves, not through transformers'"
+            " AttentionInterface, and cannot be given another"
+        )
+    before = model.config._attn_implementation
+    model.config._attn_implementation = BATCHING_NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)
+AttentionInterface.register(BATCHING_NAME, batching_forward)
+AttentionMaskInterface.register(BATCHING_NAME, lambda *arguments, **kwargs: None)
 
 
 # --------------------------------------------------------------------------------- what `optimize` puts into instances
