@@ -841,9 +841,8 @@ def test_continuous_batching_over_a_block_table(path):
             caches[0, row[i // size], i % size], caches[1, row[i // size], i % size] = k, v
     new = torch.stack([t[-1] if len(t) else torch.zeros(2, n_heads, 16) for t in dense], 2)  # (2, heads, sequences, 16)
     query, sinks = torch.randn(1, 4, 4, 16), torch.randn(4)
-    k_cache, v_cache, table, new, query, sinks = (
-        t.to(path.device) for t in (k_cache, v_cache, table, new, query, sinks)
-    )
+    caches, table, new, query, sinks = (t.to(path.device) for t in (caches, table, new, query, sinks))
+    k_cache, v_cache = caches
 
     class Cache:
         def update(self, key_states, value_states, layer_idx, kwargs):
