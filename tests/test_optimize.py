@@ -423,3 +423,73 @@ def test_compiled_whole():
     model(TOKENS, TOKENS)[1].backward()
     for a, p in zip(grads, model.parameters(), strict=True):
         assert torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6)
+
+
+def llama(family="Llama"):
+    pytest.importorskip("transformers")
+    from test_transformers import build
+
+    return build(family, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Phi3", "GptOss", "GPTNeoX"])
+def test_rope_and_residuals_of_transformers(family):
+    """Rotations of halves, of a part of a head, and by tables that are not repeated; layers built as Llama's or not."""
+    model, ids = llama(family), TOKENS.clamp(min=3)
+    before = model(ids, labels=ids)
+    before.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    report = lmops.optimize(model, verify={"input_ids": ids})
+    attention = [name for name, what in items(report).items() if what == "rope"]
+    blocks = [name for name, what in items(report).items() if what == "rms_norm with the residual"]
+    assert len(attention) == 2
+    assert len(blocks) == (2 if family in ("Llama", "Qwen3") else 0)
+    with torch.profiler.profile() as profile:
+        after = model(ids, labels=ids)
+        after.loss.backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["lmops::rope"] == 4  # forward, and backwards by the same operator
+    torch.testing.assert_close(after.logits, before.logits, rtol=1e-4, atol=1e-5)
+    for name, p in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-3, atol=1e-5)
+    lmops.restore(model)
+    assert not [name for name, module in model.named_modules() if "forward" in module.__dict__]
+
+
+def test_a_layer_with_another_rotation_is_reported(monkeypatch):
+    model = llama()
+    scope = type(model.model.layers[0].self_attn).forward.__globals__
+    theirs = scope["apply_rotary_pos_emb"]
+    monkeypatch.setitem(scope, "apply_rotary_pos_emb", lambda q, k, cos, sin: theirs(q, k, cos, -sin))
+    report = lmops.optimize(model)
+    kept = {item.name: item.what for item in report.kept}
+    assert kept["model.layers.0.self_attn"] == "its apply_rotary_pos_emb is not the rotation of halves"
+
+
+def test_a_llama_compiled_and_its_checkpoints_and_hooks():
+    model, ids = llama(), TOKENS.clamp(min=3)
+    lmops.optimize(model)
+    expected = model(ids).logits
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(ids).logits, expected)
+    text = "".join(graphs)
+    assert "apply_rotary_pos_emb" not in text
+    assert text.count("rope") >= 2
+    seen = []
+    norm = model.model.layers[0].post_attention_layernorm
+    norm.register_forward_hook(lambda module, args, y: seen.append(type(y)))  # as before it gets one tensor
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert seen == [torch.Tensor]
+    model.train()
+    model.gradient_checkpointing_enable()
+    with torch.profiler.profile() as profile:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    forwards = sum(e.count for e in profile.key_averages() if e.key == "lmops::attention_forward")
+    assert forwards == 4  # of two layers, each computed again for its backward

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lmops.ops.attention import attention as attend
 from lmops.ops.attention import scaled_dot_product_attention
 from lmops.ops.loss import cross_entropy
 from lmops.ops.norm import layer_norm, rms_norm
+from lmops.ops.rope import rope
 from lmops.ops.softmax import FLOATS, log_softmax
 from lmops.ops.softmax import softmax as softmax_
 from lmops.quantization.linear import QuantLinear
@@ -205,8 +206,8 @@ def optimize(
         forward of other modules.
     softmax: torch.nn.Softmax and LogSoftmax, and the functions in the forward of other modules.
     norm: torch.nn.LayerNorm and RMSNorm, in transformers RMSNorms and the gated activations of MLPs (SwiGLU, GeGLU)
-        where a trial gives the same result, and the functions in the forward of other modules. RoPE of transformers is
-        a function of a whole file, which no instance owns.
+        and RoPE where a trial gives the same result, the sum before a norm in layers built as Llama's are, and the
+        functions in the forward of other modules.
     loss: torch.nn.CrossEntropyLoss, the losses of transformers' causal and masked language models, and cross_entropy in
         the forward of other modules.
     linear: "int4" or "int8" weights, with a scale and a zero point for every group_size columns; "fp8", with a scale a
@@ -530,6 +531,11 @@ def _transformers(work: _Work, kinds: set[str]) -> None:
                         _transformers_norm(work, inner, layer)
                     elif set(layer._modules) in (SEPARATE, FUSED) and not work.skipped(inner):
                         _transformers_mlp(work, inner, layer)
+                    elif ROTATION in _globals_of(layer) and not work.skipped(inner):
+                        _transformers_rope(work, inner, layer)
+                for inner, layer in module.named_modules(prefix=name):  # whose norms have been decided on
+                    if set(layer._modules) == BLOCK and not work.skipped(inner):
+                        _transformers_block(work, inner, layer)
 
 
 def _transformers_attention(work: _Work, prefix: str, model: Any) -> None:
@@ -645,6 +651,89 @@ def _transformers_mlp(work: _Work, name: str, mlp: nn.Module) -> None:
     work.set(mlp, "_lmops_activation", found)
     forward = _mlp_forward if set(mlp._modules) == SEPARATE else _fused_mlp_forward
     return work.replace_forward(name, mlp, forward, found, GATED)
+
+
+ROTATION = "apply_rotary_pos_emb"  # what transformers' modeling files call the function
+
+
+def _globals_of(module: nn.Module) -> tuple[str, ...]:
+    """What the code of a transformers module's forward names, where this is a plain function."""
+    forward = type(module).forward
+    if not type(module).__module__.startswith("transformers.") or not isinstance(forward, FunctionType):
+        return ()
+    return forward.__code__.co_names
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, ...]:
+    """ROTATION of (B, heads, T, D), or with unsqueeze_dim 2 (B, T, heads, D), by tables (B, T, 2 half)."""
+    half = cos.shape[-1] // 2
+    return _rotate_by(q, k, cos[..., :half], sin[..., :half], unsqueeze_dim)
+
+
+def _rotate_by(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, ...]:
+    """Likewise, by tables without their repetition, (B, T, half)."""
+    if unsqueeze_dim == 2:
+        return cast(tuple[Tensor, Tensor], rope(q, k, cos, sin))
+    rotated = cast(tuple[Tensor, Tensor], rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin))
+    return tuple(t.transpose(1, 2) for t in rotated)
+
+
+def _transformers_rope(work: _Work, name: str, module: Any) -> None:
+    """Give an instance a copy of its forward in which ROTATION is ours; what theirs does is found out by trying.
+
+    The copy sees the other globals of its file as they are now.
+    """
+    forward = type(module).forward
+    theirs = forward.__globals__[ROTATION]
+    q, k = torch.randn(2, 2, 3, 5, 16, generator=torch.Generator().manual_seed(0))
+    angles = torch.rand(2, 5, 4, generator=torch.Generator().manual_seed(1)) * 6
+    for ours, repeat in ((_rotate, 2), (_rotate_by, 1)):
+        cos, sin = (torch.cat([t] * repeat, -1) for t in (angles.cos(), angles.sin()))
+        for x, y in ((q, k), (q[..., :8], k[..., :8])):  # of which all is rotated, where theirs can do no less
+            try:
+                expected = theirs(x, y, cos, sin)
+            except (RuntimeError, TypeError):
+                continue
+            found = ours(x, y, cos, sin)
+            if isinstance(expected, tuple) and all(map(partial(torch.allclose, rtol=1e-5, atol=1e-6), found, expected)):
+                scope = forward.__globals__ | {ROTATION: ours}
+                copied = FunctionType(forward.__code__, scope, "forward", forward.__defaults__, forward.__closure__)
+                copied.__kwdefaults__ = forward.__kwdefaults__
+                return work.replace_forward(name, module, copied, "rope", ("rope",))
+    return work.keep(name, module, f"its {ROTATION} is not the rotation of halves")
+
+
+# the children of a layer x + mlp(norm(x)) after x + attention(norm(x)), as Llama's and many others are
+BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+@_named_forward
+def _block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    norm = self.post_attention_layernorm
+    checkpointing = self.training and getattr(self, "gradient_checkpointing", False)  # the class's forward does that
+    other = norm.weight.dtype != hidden_states.dtype or _hooked(norm) or "_lmops_eps" not in norm.__dict__
+    if args or checkpointing or other:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    y, residual = cast(
+        tuple[Tensor, Tensor],
+        rms_norm(attended, norm.weight, norm._lmops_eps, residual=hidden_states, weight_offset=norm._lmops_offset),
+    )
+    return residual + self.mlp(y)
+
+
+def _transformers_block(work: _Work, name: str, block: Any) -> None:
+    """Add attention's result and normalize the sum in one pass, in layers whose code is that of Llama's."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    codes = [getattr(inspect.unwrap(kind.forward), "__code__", None) for kind in (type(block), LlamaDecoderLayer)]
+    same = None not in codes and len({(code.co_code, code.co_names, code.co_varnames) for code in codes}) == 1
+    if same and "_lmops_eps" in block.post_attention_layernorm.__dict__:
+        work.replace_forward(name, block, _block_forward, "rms_norm with the residual", NORM)
 
 
 def _transformers_loss(work: _Work, name: str, model: Any) -> None:
