@@ -730,8 +730,8 @@ def _transformers_block(work: _Work, name: str, block: Any) -> None:
     """Add attention's result and normalize the sum in one pass, in layers whose code is that of Llama's."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    codes = [getattr(inspect.unwrap(kind.forward), "__code__", None) for kind in (type(block), LlamaDecoderLayer)]
-    same = None not in codes and len({(code.co_code, code.co_names, code.co_varnames) for code in codes}) == 1
+    codes: list[Any] = [inspect.unwrap(kind.forward).__code__ for kind in (type(block), LlamaDecoderLayer)]
+    same = len({(code.co_code, code.co_names, code.co_varnames) for code in codes}) == 1
     if same and "_lmops_eps" in block.post_attention_layernorm.__dict__:
         work.replace_forward(name, block, _block_forward, "rms_norm with the residual", NORM)
 
