@@ -95,8 +95,16 @@ PER_ROW = (
 )  # fmt: skip
 
 
-def draws(n_cols: int, dtype: torch.dtype, *, per_row: bool = False, shifted: bool = False, **parameters: Any) -> Call:
-    """Host code that launches the kernel for 64 rows of memory that nobody fills.
+def draws(
+    n_cols: int,
+    dtype: torch.dtype,
+    *,
+    n_rows: int = 64,
+    per_row: bool = False,
+    shifted: bool = False,
+    **parameters: Any,
+) -> Call:
+    """Host code that launches the kernel for rows of memory that nobody fills.
 
     per_row: every parameter is a tensor; shifted: with counts, bias and mask.
     """
@@ -104,12 +112,12 @@ def draws(n_cols: int, dtype: torch.dtype, *, per_row: bool = False, shifted: bo
     def run() -> None:
         values: dict[str, Any] = {"seed": 1, **parameters}
         if per_row:
-            values |= {name: torch.empty(64, dtype=torch.int64 if name in WHOLE else fp32) for name in PER_ROW}
+            values |= {name: torch.empty(n_rows, dtype=torch.int64 if name in WHOLE else fp32) for name in PER_ROW}
         if shifted:
-            values["token_counts"] = torch.empty(64, n_cols, dtype=torch.int32)
+            values["token_counts"] = torch.empty(n_rows, n_cols, dtype=torch.int32)
             values["logit_bias"] = torch.empty(n_cols)
-            values["allowed_mask"] = torch.empty(64, n_cols, dtype=torch.bool)
-        sample(torch.empty(64, n_cols, dtype=dtype), **values)
+            values["allowed_mask"] = torch.empty(n_rows, n_cols, dtype=torch.bool)
+        sample(torch.empty(n_rows, n_cols, dtype=dtype), **values)
 
     return run
 
@@ -131,6 +139,7 @@ COMPILE = [
     Variant("sampling-bf16-128256", draws(128_256, bf16), wide=0.75),
     Variant("sampling-fp32-151936", draws(151_936, fp32), wide=0.75),
     Variant("sampling-fp16-50257", draws(50_257, half)),
+    Variant("sampling-bf16-one-row-50257", draws(50_257, bf16, n_rows=1), wide=0.4),
     Variant("sampling-bf16-shifted-151936", draws(151_936, bf16, shifted=True, return_logprobs=1), wide=0.7),
     Variant("sampling-fp32-top-p-32", draws(32, fp32, top_p=P)),
     Variant("sampling-bf16-top-p-1000", draws(1_000, bf16, top_p=P, return_logprobs=5)),
@@ -138,12 +147,18 @@ COMPILE = [
     Variant("sampling-fp32-top-p-8192", draws(8_192, fp32, top_p=P)),
     Variant("sampling-bf16-top-k-128256", draws(128_256, bf16, top_k=K)),
     Variant("sampling-fp16-top-k-50257", draws(50_257, half, top_k=K)),
+    Variant("sampling-bf16-one-row-top-p-50257", draws(50_257, bf16, n_rows=1, top_p=P, return_logprobs=1)),
     Variant("sampling-fp32-per-row-151936", draws(151_936, fp32, per_row=True)),
+    Variant("sampling-bf16-everything-300", draws(300, bf16, per_row=True, shifted=True, return_logprobs=1)),
+    Variant("sampling-bf16-everything-2000", draws(2_000, bf16, per_row=True, shifted=True, return_logprobs=1)),
+    Variant("sampling-bf16-everything-50257", draws(50_257, bf16, per_row=True, shifted=True, return_logprobs=1)),
     Variant("sampling-bf16-everything-4096", draws(4_096, bf16, per_row=True, shifted=True, return_logprobs=1)),
     Variant("sampling-bf16-everything-32000", draws(32_000, bf16, per_row=True, shifted=True, return_logprobs=1)),
     Variant("sampling-fp32-everything-262144", draws(262_144, fp32, per_row=True, shifted=True, return_logprobs=1)),
     Variant("sampling-bf16-filter-logits-8192", lambda: filter_logits(torch.empty(64, 8_192, dtype=bf16), top_p=P)),
     Variant("sampling-bf16-filter-logits-128256", lambda: filter_logits(torch.empty(8, 128_256, dtype=bf16), top_p=P)),
+    Variant("sampling-bf16-filter-logits-50257", lambda: filter_logits(torch.empty(8, 50_257, dtype=bf16), top_p=P)),
+    Variant("sampling-bf16-verify-50257", verifies(50_257, bf16, True)),
     Variant("sampling-bf16-verify-128256", verifies(128_256, bf16, True), wide=0.3),
     Variant("sampling-fp16-verify-no-logits-32000", verifies(32_000, half, False), wide=0.3),
 ]

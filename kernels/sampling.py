@@ -5,8 +5,11 @@ compiled without contraction of products and sums: the CPU implementation draws 
 are only used for log-probabilities and for bounds with a margin.
 
 "Slots": a loop over tiles of BLOCK columns keeps, for each of BLOCK slots, what it needs of the columns slot,
-slot + BLOCK, ...; the slots are put together once, behind the loop. The "list": values and ids of the tokens that the
-filters may keep, in ascending order of ids, which a program writes to memory of its own and searches there.
+slot + BLOCK, ...; the slots are put together once, behind the loop. "Positions": a row whose length is no multiple of
+16 bytes need not begin at one either. Loads of 16 bytes do, so a row is walked through from the one at or before it,
+`shift` columns early; position p is the column p - shift. Where noise is drawn for whole tiles, in fours of
+neighbouring ids, shift must be 0. The "list": values and ids of the tokens that the filters may keep, in ascending
+order of ids, which a program writes to memory of its own and searches there.
 """
 
 import triton
@@ -140,21 +143,53 @@ def tile_of(ptr, start, lanes, stride):
 
 
 @triton.jit
+def row_start(ptr, offset, VEC: tl.constexpr, SHIFTED: tl.constexpr):
+    """Where the positions of the row at ptr + offset begin, and its shift."""
+    if SHIFTED:
+        return ptr + offset // VEC * VEC, (offset % VEC).to(tl.int32)
+    else:
+        return ptr + offset, 0
+
+
+@triton.jit
+def groups(start, lanes, shift, n_cols, VEC: tl.constexpr):
+    """Positions that are columns: those of groups of VEC wholly in the row; the others, and whether there are any."""
+    p = start + lanes
+    last = (shift + n_cols) // VEC * VEC
+    whole = (p >= (shift + VEC - 1) // VEC * VEC) & (p < last)
+    others = (whole == 0) & (p >= shift) & (p < shift + n_cols)
+    return whole, others, (start + lanes.shape[0] > last) | (start < shift)
+
+
+@triton.jit
+def load_columns(ptr, start, lanes, stride, shift, n_cols, fill: tl.constexpr, VEC: tl.constexpr):
+    """A tile of positions, `fill` where they are no columns; with VEC, groups of VEC at a time."""
+    at = tile_of(ptr, start, lanes, stride)
+    if VEC == 1:
+        x = tl.load(at, mask=start + lanes < n_cols, other=fill)
+    else:
+        whole, others, edge = groups(start, lanes, shift, n_cols, VEC)
+        x = tl.load(at, mask=whole, other=fill)
+        if edge:
+            x = tl.where(whole, x, tl.load(at, mask=others, other=fill))
+    return x
+
+
+@triton.jit
 def load_tile(
-    row_ptrs, col_strides, penalties, start, lanes, n_cols,
-    BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr,
+    row_ptrs, col_strides, penalties, shift, start, lanes, n_cols,
+    BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Logits of columns start + lanes as they are, and adjusted: with bias, mask and penalties, at most LARGEST."""
-    in_row = start + lanes < n_cols
-    raw = tl.load(tile_of(row_ptrs[0], start, lanes, col_strides[0]), mask=in_row, other=float("-inf")).to(tl.float32)
+    """Logits of positions start + lanes as they are, and adjusted: with bias, mask and penalties, at most LARGEST."""
+    raw = load_columns(row_ptrs[0], start, lanes, col_strides[0], shift, n_cols, float("-inf"), VEC).to(tl.float32)
     x = raw
     if BIAS:
-        x += tl.load(tile_of(row_ptrs[1], start, lanes, col_strides[1]), mask=in_row, other=0.0).to(tl.float32)
+        x += load_columns(row_ptrs[1], start, lanes, col_strides[1], shift, n_cols, 0.0, VEC).to(tl.float32)
     if ALLOWED:
-        allowed = tl.load(tile_of(row_ptrs[2], start, lanes, col_strides[2]), mask=in_row, other=0)
+        allowed = load_columns(row_ptrs[2], start, lanes, col_strides[2], shift, n_cols, 0, VEC)
         x = tl.where(allowed != 0, x, float("-inf"))
     if COUNTS:
-        count = tl.load(tile_of(row_ptrs[3], start, lanes, col_strides[3]), mask=in_row, other=0)
+        count = load_columns(row_ptrs[3], start, lanes, col_strides[3], shift, n_cols, 0, VEC)
         repetition, presence, frequency = penalties
         penalized = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
         penalized = penalized - presence - count.to(tl.float32) * frequency
@@ -168,6 +203,13 @@ def add_up(x, m, l, scale):
     smaller = tl.exp2(-tl.abs(x - m) * scale)
     above = x > m
     return tl.where(above, x, m), tl.where(above, l * smaller + 1, l + smaller)
+
+
+@triton.jit
+def log_sum(m, l):
+    """LSE of what `add_up` took into the slots with LOG2E."""
+    top = tl.max(m, 0)
+    return top + tl.log2(tl.sum(l * tl.exp2((m - top) * LOG2E), 0)) * LN2
 
 
 @triton.jit
@@ -186,25 +228,35 @@ def first_of_best(best, ids):
 
 @triton.jit
 def draw_unfiltered(
-    row_ptrs, col_strides, penalties, n_cols, greedy, inverse, seed, offset,
-    BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, LOGPROBS: tl.constexpr, BLOCK: tl.constexpr,
+    row_ptrs, col_strides, penalties, n_cols, good, greedy, inverse, seed, offset,
+    BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, FILTERS: tl.constexpr, LOGPROBS: tl.constexpr,
+    BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """A row's largest key (inf: it has a NaN), its token, and the slots' sums for the LSE of the logits as they are."""
+    """A row's token, whether it has one (`good`: its temperature is allowed), and with LOGPROBS the LSE of its logits.
+
+    That of the logits as they are.
+    """
     lanes = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     at = tl.zeros((BLOCK,), tl.int32)
     m = tl.full((BLOCK,), -LARGEST, tl.float32)
     l = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n_cols, BLOCK):
-        raw, x = load_tile(row_ptrs, col_strides, penalties, start, lanes, n_cols, BIAS, ALLOWED, COUNTS)
+        raw, x = load_tile(row_ptrs, col_strides, penalties, 0, start, lanes, n_cols, BIAS, ALLOWED, COUNTS, VEC)
         key = x
         if greedy == 0:
-            key = noisy(x, noise_of_tile(start, seed, offset, 0, BLOCK), inverse)
+            # beside the code of filters, see `choose` for the 0
+            seed_here = seed ^ (start >> 31) if FILTERS else seed
+            key = noisy(x, noise_of_tile(start, seed_here, offset, 0, BLOCK), inverse)
         best, at = take_best(tl.where(x != x, float("inf"), key), start, best, at)
         if LOGPROBS:
             m, l = add_up(raw, m, l, LOG2E)
     peak, token = first_of_best(best, at + lanes)
-    return peak, token, m, l
+    valid = good & (peak > float("-inf")) & (peak < float("inf"))
+    lse = peak
+    if LOGPROBS:
+        lse = log_sum(m, l)
+    return tl.where(valid, token, 0), valid, lse
 
 
 # ------------------------------------------------------------------------------------------- filters without sorting
@@ -321,26 +373,27 @@ def cut_of_slots(slot, slot_mass, goal, by_k, top):
 
 
 @triton.jit
-def select(x, start, lanes, count, peak, scale, cut, least, list_ptrs):
+def select(x, ids, count, peak, scale, cut, least, list_ptrs):
     """Append to the list what of a tile may be kept, in the order of ids; how many entries there were by now."""
     chosen = (order_key(x) >= cut) & ((x - peak) * scale >= least) & (x > float("-inf"))
     found = tl.sum(chosen.to(tl.int32), 0)
     if found > 0:
         place = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(list_ptrs[0] + place, x, mask=chosen)
-        tl.store(list_ptrs[1] + place, start + lanes, mask=chosen)
+        tl.store(list_ptrs[1] + place, ids, mask=chosen)
     return count + found
 
 
 @triton.jit
-def draw_filtered(
-    list_ptrs, row_ptrs, col_strides, penalties, n_cols, scale, inverse, top_k, top_p, min_p, seed, offset,
+def look_through(
+    row_ptrs, col_strides, penalties, shift, n_cols, scale,
     BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, LOGPROBS: tl.constexpr, FITS: tl.constexpr,
-    BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """As `draw_unfiltered`, from the tokens that the filters keep, with a 0 for the key of a row that has a token.
+    """The first read of a row with filters: its first tile, peak, the slots' maxima and 2^((them - peak) scale).
 
-    And what `keeps` takes: key, last, peak and least.
+    And the row's sum z of 2^((x - peak) scale), whether it has a token, and with LOGPROBS the LSE of the logits as
+    they are.
     """
     lanes = tl.arange(0, BLOCK)
     slot = tl.full((BLOCK,), -LARGEST, tl.float32)
@@ -348,20 +401,40 @@ def draw_filtered(
     raw_m = tl.full((BLOCK,), -LARGEST, tl.float32)
     raw_l = tl.zeros((BLOCK,), tl.float32)
     if FITS:
-        raw, x = load_tile(row_ptrs, col_strides, penalties, 0, lanes, n_cols, BIAS, ALLOWED, COUNTS)
+        raw, x = load_tile(row_ptrs, col_strides, penalties, shift, 0, lanes, n_cols, BIAS, ALLOWED, COUNTS, VEC)
         slot, l = add_up(x, slot, l, scale)
         if LOGPROBS:
             raw_m, raw_l = add_up(raw, raw_m, raw_l, LOG2E)
     else:
-        for start in range(0, n_cols, BLOCK):
-            raw, x = load_tile(row_ptrs, col_strides, penalties, start, lanes, n_cols, BIAS, ALLOWED, COUNTS)
+        for start in range(0, shift + n_cols, BLOCK):
+            raw, x = load_tile(
+                row_ptrs, col_strides, penalties, shift, start, lanes, n_cols, BIAS, ALLOWED, COUNTS, VEC
+            )
             slot, l = add_up(x, slot, l, scale)
             if LOGPROBS:
                 raw_m, raw_l = add_up(raw, raw_m, raw_l, LOG2E)
+        x = slot
     peak = tl.max(slot, 0)
     one = tl.where(l == 0, 0.0, tl.exp2((slot - peak) * scale))
     z = tl.sum(l * one, 0)
+    lse = z
+    if LOGPROBS:
+        lse = log_sum(raw_m, raw_l)
+    return x, peak, slot, one, z, (z == z) & (z > 0), lse
 
+
+@triton.jit
+def draw_filtered(
+    x, peak, slot, one, z, valid, list_ptrs, row_ptrs, col_strides, penalties, shift, n_cols, scale, inverse,
+    top_k, top_p, min_p, seed, offset,
+    BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, FITS: tl.constexpr,
+    BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """A token from those that the filters keep, 0 without any; and what `keeps` takes: key, last and least.
+
+    x to valid: of `look_through`.
+    """
+    lanes = tl.arange(0, BLOCK)
     use_k = (top_k > 0) & (top_k < n_cols)
     use_p = top_p < 1
     least = tl.where(min_p > 0, ln(tl.maximum(min_p, 1e-37)) * LOG2E, float("-inf"))
@@ -376,26 +449,24 @@ def draw_filtered(
     if use_p & (use_k == 0):
         # tokens lighter than this together weigh less than the 1 - top_p that may be left out
         bound = tl.maximum(bound, tl.log2((1 - top_p) * z / n_cols * 0.9999))
+    bound = tl.where(valid, bound, float("inf"))  # which leaves nothing of a row without a token
     count = cut * 0
     if FITS:
         total = tl.sum(weigh((x - peak) * scale), 0)
-        count = select(x, 0, lanes, count, peak, scale, cut, bound, list_ptrs)
+        count = select(x, lanes - shift, count, peak, scale, cut, bound, list_ptrs)
     else:
         mass = tl.zeros((BLOCK,), tl.int64)
-        for start in range(0, n_cols, BLOCK):
-            _, x = load_tile(row_ptrs, col_strides, penalties, start, lanes, n_cols, BIAS, ALLOWED, COUNTS)
+        for start in range(0, shift + n_cols, BLOCK):
+            _, x = load_tile(row_ptrs, col_strides, penalties, shift, start, lanes, n_cols, BIAS, ALLOWED, COUNTS, VEC)
             if use_p & (use_k == 0):
                 mass += weigh((x - peak) * scale)
-            count = select(x, start, lanes, count, peak, scale, cut, bound, list_ptrs)
+            count = select(x, start + lanes - shift, count, peak, scale, cut, bound, list_ptrs)
         total = tl.sum(mass, 0)
     tl.debug_barrier()
-    valid = (z == z) & (z > 0)
-    if valid == 0:
-        count = cut * 0
     token, key, last = choose(
         list_ptrs, count, cut, peak, scale, inverse, use_k, use_p, top_k, top_p, least, total, seed, offset, LIST_BLOCK
     )
-    return tl.where(valid, 0.0, float("-inf")), token, raw_m, raw_l, key, last, peak, least
+    return token, key, last, least
 
 
 @triton.jit
@@ -421,20 +492,28 @@ def row_filters(parameters, row, strides, n_cols):
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
+@triton.jit
+def store_state(valid, lse, row, valid_ptr, lse_ptr, LOGPROBS: tl.constexpr):
+    tl.store(valid_ptr + row, valid)
+    if LOGPROBS:
+        tl.store(lse_ptr + row, lse)
+
+
 @triton.jit(do_not_specialize=("seed", "offset", "first_row"))
 def sample_kernel(
     logits_ptr, bias_ptr, allowed_ptr, counts_ptr, tokens_ptr, valid_ptr, logprobs_ptr, lse_ptr, values_ptr, ids_ptr,
     parameters, seed, offset, first_row, n_cols, row_strides, col_strides, parameter_strides,
     BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, FILTERS: tl.constexpr, LOGPROBS: tl.constexpr,
-    FITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr,
+    FITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, VEC: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """token = argmax of x / temperature + Gumbel noise over what top-k, top-p and min-p keep, x the adjusted logits.
 
     logits, bias, allowed (uint8), counts: (B, V) with any strides, of which row_strides and col_strides have one each.
     parameters: temperature, top_k, top_p, min_p and the three penalties, each a number or a pointer to (B,); seed and
-    offset likewise; parameter_strides: one each, None for a number. tokens (B,) int64, valid (B,) uint8, logprobs and
+    offset likewise; parameter_strides: one each, None for a number. tokens (B,) int64, valid (B,) bool, logprobs and
     lse (B,) float32. values, ids: (programs, V) to write what may be kept; programs take the rows from first_row on.
-    FILTERS: rows may have filters. FITS: V <= BLOCK.
+    FILTERS: rows may have filters. FITS: V, with SHIFTED V + VEC - 1, <= BLOCK. VEC: columns of 16 bytes of logits
+    where these begin at a multiple of 16 bytes, and so does each row unless SHIFTED; 1 if V says all that is to know.
     """
     row = first_row + tl.program_id(0)
     r = row.to(tl.int64)
@@ -455,29 +534,36 @@ def sample_kernel(
         if (greedy == 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
             listed = tl.program_id(0).to(tl.int64) * n_cols
             list_ptrs = (values_ptr + listed, ids_ptr + listed)
-            peak, token, m, l, _, _, _, _ = draw_filtered(
-                list_ptrs, row_ptrs, col_strides, penalties, n_cols, scale, inverse,
-                top_k, top_p, min_p, seed, offset,
-                BIAS, ALLOWED, COUNTS, LOGPROBS, FITS, BLOCK, LIST_BLOCK,
+            start, shift = row_start(logits_ptr, r * row_strides[0], VEC, SHIFTED)
+            walk_ptrs = (
+                start, row_ptrs[1] - shift * col_strides[1], row_ptrs[2] - shift * col_strides[2],
+                row_ptrs[3] - shift * col_strides[3],
+            )  # fmt: skip
+            x, peak, slot, one, z, valid, lse = look_through(
+                walk_ptrs, col_strides, penalties, shift, n_cols, scale,
+                BIAS, ALLOWED, COUNTS, LOGPROBS, FITS, BLOCK, VEC,
+            )  # fmt: skip
+            store_state(valid, lse, row, valid_ptr, lse_ptr, LOGPROBS)  # first, so that no register holds it longer
+            token, _, _, _ = draw_filtered(
+                x, peak, slot, one, z, valid, list_ptrs, walk_ptrs, col_strides, penalties, shift, n_cols, scale,
+                inverse, top_k, top_p, min_p, seed, offset,
+                BIAS, ALLOWED, COUNTS, FITS, BLOCK, LIST_BLOCK, VEC,
             )  # fmt: skip
         else:
-            peak, token, m, l = draw_unfiltered(
-                row_ptrs, col_strides, penalties, n_cols, greedy, inverse, seed, offset,
-                BIAS, ALLOWED, COUNTS, LOGPROBS, BLOCK,
+            token, valid, lse = draw_unfiltered(
+                row_ptrs, col_strides, penalties, n_cols, good, greedy, inverse, seed, offset,
+                BIAS, ALLOWED, COUNTS, FILTERS, LOGPROBS, BLOCK, 1 if SHIFTED else VEC,
             )  # fmt: skip
+            store_state(valid, lse, row, valid_ptr, lse_ptr, LOGPROBS)
     else:
-        peak, token, m, l = draw_unfiltered(
-            row_ptrs, col_strides, penalties, n_cols, greedy, inverse, seed, offset,
-            BIAS, ALLOWED, COUNTS, LOGPROBS, BLOCK,
+        token, valid, lse = draw_unfiltered(
+            row_ptrs, col_strides, penalties, n_cols, good, greedy, inverse, seed, offset,
+            BIAS, ALLOWED, COUNTS, FILTERS, LOGPROBS, BLOCK, 1 if SHIFTED else VEC,
         )  # fmt: skip
-    valid = good & (peak > float("-inf")) & (peak < float("inf"))
-    token = tl.where(valid, token, 0)
+        store_state(valid, lse, row, valid_ptr, lse_ptr, LOGPROBS)
+    row += token.to(tl.int32) >> 31  # 0 too: else multiples of the row are held in scalar registers throughout
     tl.store(tokens_ptr + row, token.to(tl.int64))
-    tl.store(valid_ptr + row, valid.to(tl.uint8))
     if LOGPROBS:
-        top = tl.max(m, 0)
-        lse = top + tl.log2(tl.sum(l * tl.exp2((m - top) * LOG2E), 0)) * LN2
-        tl.store(lse_ptr + row, lse)
         chosen = tl.load(row_ptrs[0] + token.to(tl.int64) * col_strides[0]).to(tl.float32)
         tl.store(logprobs_ptr + row, chosen - lse)
 
@@ -486,48 +572,62 @@ def sample_kernel(
 def filter_kernel(
     logits_ptr, out_ptr, values_ptr, ids_ptr, parameters, first_row, n_cols,
     row_strides, col_strides, parameter_strides,
-    FITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr,
+    FITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, VEC: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """out = logits with -inf in place of what top-k, top-p and min-p do not keep; a bad row is -inf throughout.
 
-    parameters: temperature, top_k, top_p, min_p; these, values, ids and FITS as in `sample_kernel`.
+    parameters: temperature, top_k, top_p, min_p; these, values, ids and the flags as in `sample_kernel`. With VEC, out
+    is laid out as logits are.
     """
     row = first_row + tl.program_id(0)
     r = row.to(tl.int64)
-    ptr = logits_ptr + r * row_strides[0]
+    ptr, shift = row_start(logits_ptr, r * row_strides[0], VEC, SHIFTED)
+    out_ptr, _ = row_start(out_ptr, r * row_strides[1], VEC, SHIFTED)
     row_ptrs, strides, penalties = (ptr, ptr, ptr, ptr), (col_strides[0], 0, 0, 0), (1.0, 0.0, 0.0)
     good, greedy, inverse, scale = row_temperature(parameters[0], row, parameter_strides[0])
     top_k, top_p, min_p = row_filters(parameters, row, parameter_strides, n_cols)
     listed = tl.program_id(0).to(tl.int64) * n_cols
     list_ptrs = (values_ptr + listed, ids_ptr + listed)
     none = r * 0
-    state, _, _, _, key, last, peak, least = draw_filtered(
-        list_ptrs, row_ptrs, strides, penalties, n_cols, scale, inverse,
+    x, peak, slot, one, z, valid, _ = look_through(
+        row_ptrs, strides, penalties, shift, n_cols, scale, False, False, False, False, FITS, BLOCK, VEC
+    )
+    _, key, last, least = draw_filtered(
+        x, peak, slot, one, z, valid, list_ptrs, row_ptrs, strides, penalties, shift, n_cols, scale, inverse,
         tl.where(greedy, 1, top_k), tl.where(greedy, 1.0, top_p), tl.where(greedy, 0.0, min_p), none, none,
-        False, False, False, False, FITS, BLOCK, LIST_BLOCK,
+        False, False, False, FITS, BLOCK, LIST_BLOCK, VEC,
     )  # fmt: skip
-    least = tl.where(good & (state == 0), least, float("inf"))  # what a bad row keeps is nothing
+    least = tl.where(good & valid, least, float("inf"))  # what a bad row keeps is nothing
     lanes = tl.arange(0, BLOCK)
-    for start in range(0, n_cols, BLOCK):
-        raw, x = load_tile(row_ptrs, strides, penalties, start, lanes, n_cols, False, False, False)
-        keep = keeps(x, start + lanes, key, last, peak, scale, least)
+    for start in range(0, shift + n_cols, BLOCK):
+        raw, x = load_tile(row_ptrs, strides, penalties, shift, start, lanes, n_cols, False, False, False, VEC)
+        keep = keeps(x, start + lanes - shift, key, last, peak, scale, least)
         out = tl.where(keep, raw, float("-inf")).to(out_ptr.dtype.element_ty)
-        tl.store(tile_of(out_ptr + r * row_strides[1], start, lanes, col_strides[1]), out, mask=start + lanes < n_cols)
+        at = tile_of(out_ptr, start, lanes, col_strides[1])
+        if VEC == 1:
+            tl.store(at, out, mask=start + lanes < n_cols)
+        else:
+            whole, others, edge = groups(start, lanes, shift, n_cols, VEC)
+            tl.store(at, out, mask=whole)
+            if edge:
+                tl.store(at, out, mask=others)
 
 
 @triton.jit
-def draft_weights(ptr, stride, n_cols, scale, BLOCK: tl.constexpr):
+def draft_weights(base_ptr, offset, stride, n_cols, scale, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """Of a row of logits: its largest x (NaN if it has one), the first token that has it, and 2^40 / its whole mass."""
+    ptr, shift = row_start(base_ptr, offset, VEC, VEC > 1)
+    row_ptrs, strides, penalties = (ptr, ptr, ptr, ptr), (stride, 0, 0, 0), (1, 0, 0)
     lanes = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     at = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, n_cols, BLOCK):
-        _, x = load_tile((ptr, ptr, ptr, ptr), (stride, 0, 0, 0), (1, 0, 0), start, lanes, n_cols, False, False, False)
+    for start in range(0, shift + n_cols, BLOCK):
+        _, x = load_tile(row_ptrs, strides, penalties, shift, start, lanes, n_cols, False, False, False, VEC)
         best, at = take_best(tl.where(x != x, float("inf"), x), start, best, at)
-    peak, token = first_of_best(best, at + lanes)
+    peak, token = first_of_best(best, at + lanes - shift)
     total = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, n_cols, BLOCK):
-        _, x = load_tile((ptr, ptr, ptr, ptr), (stride, 0, 0, 0), (1, 0, 0), start, lanes, n_cols, False, False, False)
+    for start in range(0, shift + n_cols, BLOCK):
+        _, x = load_tile(row_ptrs, strides, penalties, shift, start, lanes, n_cols, False, False, False, VEC)
         total += tl.where(x > float("-inf"), weigh((x - peak) * scale), 0)
     return peak, token, tl.div_rn(1099511627776.0, tl.sum(total, 0).to(tl.float32))
 
@@ -541,33 +641,34 @@ def probability(x, peak, share, scale):
 def accept_kernel(
     target_ptr, draft_ptr, draft_tokens_ptr, accepted_ptr, sums_ptr, temperature, seed, offset, n_drafts, n_cols,
     target_strides, draft_strides, token_strides, parameter_strides,
-    DRAFT: tl.constexpr, BLOCK: tl.constexpr,
+    DRAFT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Whether draft token d at position i of a row is accepted: u q(d) < p(d), with p = softmax(target / temperature).
 
     q is the same of the draft's logits (DRAFT), or 1. Temperature 0: whether d is the target's first maximum.
     target (B, n_drafts + 1, V), draft (B, n_drafts, V), draft_tokens and accepted (B, n_drafts).
-    sums (B, n_drafts, 4): peak and 1 / mass of p and q, for `redraw_kernel`.
+    sums (B, n_drafts, 4): peak and 1 / mass of p and q, for `redraw_kernel`. VEC: 1, or columns of 16 bytes, where
+    target and draft begin at multiples of 16 bytes but their rows do not.
     """
     row, i = tl.program_id(0) // n_drafts, tl.program_id(0) % n_drafts
     r, j = row.to(tl.int64), i.to(tl.int64)
     good, greedy, _, scale = row_temperature(temperature, row, parameter_strides[0])
     seed = parameter(seed, row, parameter_strides[1], tl.int64).to(tl.int64)
     offset = parameter(offset, row, parameter_strides[2], tl.int64).to(tl.int64) + j
-    ptr = target_ptr + r * target_strides[0] + j * target_strides[1]
-    peak, first, share = draft_weights(ptr, target_strides[2], n_cols, scale, BLOCK)
+    at = r * target_strides[0] + j * target_strides[1]
+    peak, first, share = draft_weights(target_ptr, at, target_strides[2], n_cols, scale, BLOCK, VEC)
     token = tl.load(draft_tokens_ptr + r * token_strides[0] + j * token_strides[1]).to(tl.int64)
     known = (token >= 0) & (token < n_cols) & good & (peak > float("-inf")) & (peak < float("inf"))
-    x = tl.load(ptr + token * target_strides[2], mask=known, other=float("-inf")).to(tl.float32)
+    x = tl.load(target_ptr + at + token * target_strides[2], mask=known, other=float("-inf")).to(tl.float32)
     p = probability(tl.where(x > LARGEST, LARGEST, x), peak, share, scale)
     q = p * 0 + 1
     sums = sums_ptr + tl.program_id(0) * 4
     tl.store(sums, peak)
     tl.store(sums + 1, share)
     if DRAFT:
-        ptr = draft_ptr + r * draft_strides[0] + j * draft_strides[1]
-        peak, _, share = draft_weights(ptr, draft_strides[2], n_cols, scale, BLOCK)
-        x = tl.load(ptr + token * draft_strides[2], mask=known, other=float("-inf")).to(tl.float32)
+        at = r * draft_strides[0] + j * draft_strides[1]
+        peak, _, share = draft_weights(draft_ptr, at, draft_strides[2], n_cols, scale, BLOCK, VEC)
+        x = tl.load(draft_ptr + at + token * draft_strides[2], mask=known, other=float("-inf")).to(tl.float32)
         q = probability(tl.where(x > LARGEST, LARGEST, x), peak, share, scale)
         known = known & (peak < float("inf"))
         tl.store(sums + 2, peak)
@@ -620,8 +721,8 @@ def redraw_kernel(
     for start in range(0, n_cols, BLOCK):
         ids = start + lanes
         _, x = load_tile(
-            (p_ptr, p_ptr, p_ptr, p_ptr), (target_strides[2], 0, 0, 0), (1, 0, 0), start, lanes, n_cols,
-            False, False, False,
+            (p_ptr, p_ptr, p_ptr, p_ptr), (target_strides[2], 0, 0, 0), (1, 0, 0), 0, start, lanes, n_cols,
+            False, False, False, 1,
         )  # fmt: skip
         key = x
         if greedy == 0:
@@ -630,8 +731,8 @@ def redraw_kernel(
             if DRAFT:
                 if rejected:
                     _, y = load_tile(
-                        (q_ptr, q_ptr, q_ptr, q_ptr), (draft_strides[2], 0, 0, 0), (1, 0, 0), start, lanes, n_cols,
-                        False, False, False,
+                        (q_ptr, q_ptr, q_ptr, q_ptr), (draft_strides[2], 0, 0, 0), (1, 0, 0), 0, start, lanes, n_cols,
+                        False, False, False, 1,
                     )  # fmt: skip
                     left = probability(x, peak, share, scale) - probability(y, q_peak, q_share, scale)
                     some = left > 1e-37

@@ -83,3 +83,12 @@ def warp_size() -> int:
     import triton
 
     return 32 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size
+
+
+def compiles_to_ptx() -> bool:
+    """Whether Triton compiles for an NVIDIA GPU here."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return False
+    return triton.runtime.driver.active.get_current_target().backend == "cuda"

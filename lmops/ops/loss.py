@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lmops.ops._register import define_op, warp_size
+from lmops.ops._register import compiles_to_ptx, define_op, warp_size
 from lmops.ops._rows import NO_FUSION, Geometry, geometry, softmax_tile
 from lmops.ops._strides import row_layout
 from lmops.ops.quantized_embedding import quantized_embedding_forward
@@ -339,16 +339,8 @@ def _cross_entropy_launch(
         *_scales(o.temperature), x_strides, *(dx_strides or [(0,)]), target_strides, *(grad_strides or [(0,)]),
         state_strides, **walk.flags, **NO_FUSION, FORWARD=chunk.forward, FIRST=chunk.first == 0, LAST=chunk.last,
         GRAD=dx is not None, WEIGHTED=weight is not None, SMOOTH=o.label_smoothing > 0, SOFTCAP=o.softcap > 0,
-        PACKED=x.element_size() == 2 and walk.vec > 1 and _compiles_to_ptx(),
+        PACKED=x.element_size() == 2 and walk.vec > 1 and compiles_to_ptx(),
     )  # fmt: skip
-
-
-def _compiles_to_ptx() -> bool:
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        return False
-    return triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
 def _scales(temperature: float) -> tuple[float, float]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lmops.ops._register import define_op, warp_size
+from lmops.ops._launch import Launch, prepared
+from lmops.ops._register import compiles_to_ptx, define_op, warp_size
 from lmops.reference.philox import WORD, philox
 from lmops.reference.sampling import (
     GREEDY_BELOW,
@@ -63,12 +64,43 @@ def sampling_tile(n_cols: int, filters: bool, extras: bool = False, lanes: int =
     whole = max(16, 1 << (n_cols - 1).bit_length())
     cols = min(whole, 4_096 if extras or (filters and n_cols > 8_192) else 8_192)
     threads = max(32, min(512, cols // 8))
-    list_cols = min(cols, 2_048)
+    # of another shape than a tile, whose layout its loads would take: the list is read element by element
+    list_cols = max(16, min(cols // 2, 2_048))
     if filters and lanes == 64:
         if extras or not n_cols <= cols:
             cols = min(cols, 512 if extras else 1_024)
         threads, list_cols = max(64, min(1_024, cols // 2)), min(cols, 1_024)
     return Tile(cols, n_cols <= cols, list_cols, threads)
+
+
+def _walk(*tensors: Tensor, filters: bool) -> tuple[int, bool]:
+    """VEC and SHIFTED of the kernels, for rows (..., V): columns of 16 bytes, and whether rows begin in between."""
+    if filters and warp_size() == 64:  # a thread takes less than 16 bytes
+        return 1, False
+    first = tensors[0]
+    n_cols, vec = first.shape[-1], 16 // first.element_size()
+    # Triton knows of multiples of 16 elements
+    aligned = all(
+        stride % 16 == 0 or size == 1
+        for t in tensors
+        for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True)
+    )
+    begin = all(t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and t.dtype == first.dtype for t in tensors)
+    short = n_cols < 8 * vec  # not worth the edges
+    if (aligned and n_cols % 16 == 0) or short or not begin:
+        return 1, False
+    return vec, not aligned
+
+
+def _options(tile: Tile) -> dict[str, Any]:
+    """How kernels over such tiles are compiled and launched."""
+    options = {
+        "num_warps": max(1, tile.threads // warp_size()),
+        "enable_fp_fusion": False,  # products and sums are rounded one by one, as on a CPU
+    }
+    if compiles_to_ptx():
+        options["maxnreg"] = 128  # all that 512 threads have: without a bound ptxas saves registers, and spills
+    return options
 
 
 # ------------------------------------------------------------------------------------------- what may be drawn, and one
@@ -217,42 +249,64 @@ def _sample_fake(
     )
 
 
+@prepared
+def _prepare_sample(
+    n_rows: int, filters: bool, logprobs: bool, wide_numbers: tuple[bool, bool], logits: Tensor, bias: Tensor | None,
+    allowed: Tensor | None, counts: Tensor | None, *per_row: Tensor | None,
+) -> Launch:  # fmt: skip
+    """A launch for n_rows of the rows, whose leading arguments are those of the kernel up to first_row.
+
+    wide_numbers: whether seed and offset do not fit 32 bits, by which Triton types them.
+    """
+    from lmops.kernels.sampling import sample_kernel
+
+    n_cols = logits.shape[1]
+    vec, shifted = _walk(logits, filters=filters)
+    if shifted and not filters:
+        vec, shifted = 1, False  # the noise of tiles begins with the row
+    extras = logprobs or any(t is not None for t in (bias, allowed, counts))
+    tile = sampling_tile(n_cols + (vec - 1 if shifted else 0), filters, extras, warp_size())
+    full = [logits, *(logits if t is None else t.expand_as(logits) for t in (bias, allowed, counts))]
+    return Launch(
+        sample_kernel, (n_rows,), n_cols, tuple(_row_stride(t) for t in full), tuple(t.stride(1) for t in full),
+        tuple(None if t is None else t.stride(0) for t in per_row),
+        BIAS=bias is not None, ALLOWED=allowed is not None, COUNTS=counts is not None, FILTERS=filters,
+        LOGPROBS=logprobs, FITS=tile.fits, BLOCK=tile.cols, LIST_BLOCK=tile.list_cols, VEC=vec, SHIFTED=shifted,
+        **_options(tile),
+    )  # fmt: skip
+
+
+def _row_stride(rows: Tensor) -> int:
+    """That of a single row is any number: then one that is known to be a multiple of 16."""
+    return 0 if rows.shape[0] == 1 else rows.stride(0)
+
+
 def _sample_triton(
     logits: Tensor, per_row: Parameters, numbers: Sequence[float], seed: int, offset: int,
     token_counts: Tensor | None, logit_bias: Tensor | None, allowed_mask: Tensor | None, n_logprobs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from lmops.kernels.sampling import sample_kernel
-
     outputs = _sample_fake(logits, per_row, numbers, seed, offset, token_counts, logit_bias, allowed_mask, n_logprobs)
     tokens, valid, logprobs, top_tokens, top_logprobs = outputs
-    n_rows, n_cols = logits.shape
+    n_rows = logits.shape[0]
     if n_rows == 0:
         return outputs
-    filters = any(t is not None for t in per_row[1:4]) or numbers[1] > 0 or numbers[2] < 1 or numbers[3] > 0
-    extras = n_logprobs > 0 or any(t is not None for t in (token_counts, logit_bias, allowed_mask))
-    tile = sampling_tile(n_cols, filters, extras, warp_size())
+    filters = numbers[1] > 0 or numbers[2] < 1 or numbers[3] > 0 or any(t is not None for t in per_row[1:4])
     allowed = None if allowed_mask is None else allowed_mask.view(torch.uint8)
-    # the logits take the place of what is not there, and are not looked at
-    full = [logits, *(logits if t is None else t.expand_as(logits) for t in (logit_bias, allowed, token_counts))]
-    strides = (
-        tuple(t.stride(0) for t in full),
-        tuple(t.stride(1) for t in full),
-        tuple(None if t is None else t.stride(0) for t in per_row),
-    )
+    extras = logit_bias, allowed, token_counts
     lse = torch.empty_like(logprobs)
     *parameters, seeds, offsets = (
         number if tensor is None else tensor for tensor, number in zip(per_row, [*numbers, seed, offset], strict=True)
     )
+    wide = seed >> 31 not in (0, -1), offset >> 31 not in (0, -1)
     at_once, lists = _lists(logits) if filters else (n_rows, (lse, lse))
+    # the logits take the place of what is not there, and are not looked at
+    leading = (
+        logits, *(logits if t is None else t for t in extras), tokens, valid, logprobs, lse, *lists,
+        tuple(parameters), seeds, offsets,
+    )  # fmt: skip
     for first in range(0, n_rows, at_once):
-        sample_kernel[(min(at_once, n_rows - first),)](
-            *full, tokens, valid.view(torch.uint8), logprobs, lse, *lists, tuple(parameters), seeds, offsets,
-            first, n_cols, *strides,
-            BIAS=logit_bias is not None, ALLOWED=allowed is not None, COUNTS=token_counts is not None, FILTERS=filters,
-            LOGPROBS=n_logprobs > 0, FITS=tile.fits, BLOCK=tile.cols, LIST_BLOCK=tile.list_cols,
-            num_warps=max(1, tile.threads // warp_size()),
-            enable_fp_fusion=False,  # products and sums are rounded one by one, as on a CPU
-        )  # fmt: skip
+        launch = _prepare_sample(min(at_once, n_rows - first), filters, n_logprobs > 0, wide, logits, *extras, *per_row)
+        launch(*leading, first)
     if n_logprobs:
         top, ids = logits.topk(n_logprobs)
         top_tokens.copy_(ids)
@@ -293,24 +347,31 @@ def _filter_fake(logits: Tensor, per_row: Parameters, numbers: Sequence[float]) 
     return torch.empty_like(logits)
 
 
-def _filter_triton(logits: Tensor, per_row: Parameters, numbers: Sequence[float]) -> Tensor:
+@prepared
+def _prepare_filter(n_rows: int, logits: Tensor, out: Tensor, *per_row: Tensor | None) -> Launch:
+    """A launch for n_rows of the rows, whose leading arguments are those of the kernel up to first_row."""
     from lmops.kernels.sampling import filter_kernel
 
+    n_cols = logits.shape[1]
+    vec, shifted = _walk(logits, out, filters=True) if logits.stride() == out.stride() else (1, False)
+    tile = sampling_tile(n_cols + (vec - 1 if shifted else 0), filters=True, lanes=warp_size())
+    return Launch(
+        filter_kernel, (n_rows,), n_cols, (_row_stride(logits), _row_stride(out)), (logits.stride(1), out.stride(1)),
+        tuple(None if t is None else t.stride(0) for t in per_row),
+        FITS=tile.fits, BLOCK=tile.cols, LIST_BLOCK=tile.list_cols, VEC=vec, SHIFTED=shifted, **_options(tile),
+    )  # fmt: skip
+
+
+def _filter_triton(logits: Tensor, per_row: Parameters, numbers: Sequence[float]) -> Tensor:
     out = torch.empty_like(logits)
-    n_rows, n_cols = logits.shape
+    n_rows = logits.shape[0]
     if n_rows == 0:
         return out
-    tile = sampling_tile(n_cols, filters=True, lanes=warp_size())
     at_once, lists = _lists(logits)
     parameters = tuple(n if t is None else t for t, n in zip(per_row, numbers, strict=True))
     for first in range(0, n_rows, at_once):
-        filter_kernel[(min(at_once, n_rows - first),)](
-            logits, out, *lists, parameters, first, n_cols,
-            (logits.stride(0), out.stride(0)), (logits.stride(1), out.stride(1)),
-            tuple(None if t is None else t.stride(0) for t in per_row),
-            FITS=tile.fits, BLOCK=tile.cols, LIST_BLOCK=tile.list_cols,
-            num_warps=max(1, tile.threads // warp_size()), enable_fp_fusion=False,
-        )  # fmt: skip
+        launch = _prepare_filter(min(at_once, n_rows - first), logits, out, *per_row)
+        launch(logits, out, *lists, parameters, first)
     return out
 
 
@@ -405,18 +466,15 @@ def _verify_triton(
     tile = sampling_tile(target.shape[-1], filters=False, extras=True)
     values = [v if t is None else t for t, v in zip(per_row, (temperature, seed, offset), strict=False)]
     q = target if draft is None else draft
+    vec, shifted = _walk(target, q, filters=False)
     shapes = (n_drafts, target.shape[-1], target.stride(), q.stride(), draft_tokens.stride())
     strides = tuple(None if t is None else t.stride(0) for t in per_row)
-    options = {
-        "DRAFT": draft is not None,
-        "BLOCK": tile.cols,
-        "num_warps": max(1, tile.threads // warp_size()),
-        "enable_fp_fusion": False,
-    }
+    options = {"DRAFT": draft is not None, "BLOCK": tile.cols, **_options(tile)}
     if n_drafts:
         accept_kernel[(n_rows * n_drafts,)](
-            target, q, draft_tokens, accepted, sums, *values, *shapes, strides, **options
-        )
+            target, q, draft_tokens, accepted, sums, *values, *shapes, strides, **options,
+            VEC=vec if shifted else 1,
+        )  # fmt: skip
     redraw_kernel[(n_rows,)](
         target, q, draft_tokens, accepted, sums, counts if per_row[3] is None else per_row[3],
         tokens, counts, valid.view(torch.uint8), *values, *shapes, strides,
