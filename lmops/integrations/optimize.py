@@ -719,10 +719,12 @@ def _block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
     if args or checkpointing or other:
         return type(self).forward(self, hidden_states, *args, **kwargs)
     attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-    y, residual = cast(
-        tuple[Tensor, Tensor],
-        rms_norm(attended, norm.weight, norm._lmops_eps, residual=hidden_states, weight_offset=norm._lmops_offset),
-    )
+    if attended.dtype == hidden_states.dtype:
+        offset = norm._lmops_offset
+        y, residual = rms_norm(attended, norm.weight, norm._lmops_eps, residual=hidden_states, weight_offset=offset)
+    else:  # under autocast
+        residual = hidden_states + attended
+        y = norm(residual)
     return residual + self.mlp(y)
 
 
