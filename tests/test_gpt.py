@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lmops.models.gpt
-from lmops.models.gpt import GPT, GPTConfig, KVCache, Linear, RopeScaling, rope_frequencies, rope_tables, sinusoids
+from lmops.models.gpt import (
+    GPT,
+    GPTConfig,
+    KVCache,
+    Linear,
+    RMSNorm,
+    RopeScaling,
+    rope_frequencies,
+    rope_tables,
+    sinusoids,
+)
+from lmops.testing import assert_accurate
 
 SIZES = {"vocab_size": 61, "context_length": 48, "n_layers": 2, "n_heads": 4, "d_model": 32}
 LLAMA = {
@@ -590,6 +601,19 @@ def test_bf16(name):
     scale = truth.square().mean().sqrt()
     for result in (logits, cached):
         assert (result - truth).square().mean().sqrt() < 0.02 * scale  # 2^-8 a rounding, a few of them in a row
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (2, 3, 64)])
+def test_norm_of_one_row_is_as_accurate_as_torchs(shape):
+    norm = RMSNorm(64, eps=1e-5)
+    norm.weight.normal_()
+    x = torch.randn(*shape, 2).select(-1, 0)  # not contiguous
+    truth = F.rms_norm(x.double(), (64,), norm.weight.double(), 1e-5)
+    assert_accurate(norm(x), truth, F.rms_norm(x, (64,), norm.weight, 1e-5))
+    small = 1e-4 * x  # where eps counts
+    truth = F.rms_norm(small.double(), (64,), norm.weight.double(), 1e-5)
+    assert_accurate(norm(small), truth, F.rms_norm(small, (64,), norm.weight, 1e-5))
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of any RMSNorm there

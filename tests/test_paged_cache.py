@@ -1,5 +1,6 @@
 """PagedKVCache: what a batch says, where things lie in memory, copies, windows, swapping, memory, and every refusal."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import lmops
 from lmops.cache import OutOfBlocksError, PagedKVCache
+from lmops.ops._register import OPERATORS
 from lmops.ops.paged_cache import store_kv
 from lmops.reference.paged_cache import dequantize_rows, quantize_rows
 
@@ -123,6 +125,33 @@ def test_a_batch():
     nothing = cache.append([], [])
     assert (nothing.block_table.shape, nothing.cu_seqlens_q.tolist(), nothing.max_context) == ((0, 0), [0], 0)
     assert nothing.slot_mapping.shape == (0,)
+
+
+@pytest.mark.skipif(OPERATORS["paged_attention"].cpu_uses_triton, reason="tensors on the CPU are the kernel's")
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_token_of_each_sequence_on_a_cpu(dtype, window):
+    """What a step looks up once for all layers gives bits and pages of the operators, which look again in each."""
+    cache = new_cache(24, dtype=dtype, window=window)
+    seqs = [cache.new_sequence() for _ in range(2)]
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for lengths in ([9, 3], [1, 1], [2, 1], [1, 1]):
+            batch = cache.append(seqs, lengths)
+            assert (batch.rows is None) == (max(lengths) > 1)
+            for layer, pages in enumerate(cache.layers):
+                q, k, v = (torch.randn(sum(lengths), n, 8, generator=draw).to(dtype) for n in (4, 2, 2))
+                y = batch.attend(layer, q, k, v)
+                stored = [t.clone() for t in tensors(pages)]
+                assert torch.equal(replace(batch, rows=None).attend(layer, q, k, v), y)
+                assert all(map(torch.equal, stored, tensors(pages)))
+                options = batch.attend(layer, q, k, v, scale=0.1), batch.attend(layer, q, k, v, softcap=2.0)
+                assert not any(torch.equal(other, y) for other in options)
+        if window is None:
+            twin = cache.fork(seqs[0])
+            cache.append([twin], [1])  # in a copy of the last block
+            assert twin.blocks != list(range(twin.blocks[0], twin.blocks[0] + len(twin.blocks)))
+            assert cache.append([twin], [1]).rows is None
 
 
 def test_blocks_in_a_row_are_one_view():

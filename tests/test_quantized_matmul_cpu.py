@@ -64,6 +64,18 @@ def test_one_row_is_as_accurate_as_float32(n_out, n_in, group_size, format, kind
     assert (weight._bags is None, weight._half is None) == (False, True)
 
 
+@pytest.mark.parametrize("format", ["int4", "int8"])
+@pytest.mark.parametrize("n_out", [64, 130, 333])
+def test_one_row_by_parts_of_the_outputs(n_out, format, monkeypatch):
+    w, x = made(n_out, 96, format, 32, "offsets"), torch.randn(1, 96)
+    whole = CPUWeight(w)
+    expected = whole.matmul(x)
+    monkeypatch.setattr("lmops.ops.quantized_matmul_cpu._SUMS", 64)
+    parts = CPUWeight(w)
+    assert torch.equal(parts.matmul(x), expected)
+    assert (len(whole._bags.parts), len(parts._bags.parts)) == (1, -(-n_out // 64))
+
+
 def scales_of(w):
     scales = w.scales.double().T
     size = w.shape[1] if w.group_size == -1 else w.group_size

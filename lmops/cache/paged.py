@@ -13,6 +13,7 @@ from torch import Tensor
 from lmops.cache.allocator import BlockAllocator, PagedSequence, SwappedSequence
 from lmops.cache.plan import CachePlan, plan_cache
 from lmops.cache.prefix import PrefixCache
+from lmops.ops._register import OPERATORS
 from lmops.ops.paged_attention import paged_attention_of_tokens
 from lmops.ops.paged_cache import FLOATS, Format, KVPages, copy_blocks, store_kv, swap_blocks
 
@@ -39,6 +40,7 @@ class PagedBatch:
         slot_mapping: (T,) int64, the slot of each new token, for `store_kv`.
         positions: (T,) int64, the place of each new token in its sequence.
         layers, window: the cache's.
+        rows: of sequences with one new token each, on a CPU, what they read and write in memory; or None.
     """
 
     block_table: Tensor
@@ -50,6 +52,7 @@ class PagedBatch:
     positions: Tensor
     layers: Sequence[KVPages] = field(repr=False)
     window: int | None
+    rows: Sequence[_Row] | None = field(default=None, repr=False)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Stores key (T, KV, D) and value (T, KV, Dv) of the new tokens, and gives attention of query (T, H, D).
@@ -57,6 +60,8 @@ class PagedBatch:
         options: of `lmops.ops.paged_attention.paged_attention_of_tokens`: scale, softcap, slopes, sinks and more.
         Returns (T, H, Dv).
         """
+        if self.rows is not None and not options and not torch.is_grad_enabled() and query.dtype == key.dtype:
+            return self._attend_rows(layer, query, key, value)
         pages = self.layers[layer]
         store_kv(key, value, pages, self.slot_mapping)
         # equally many new tokens of each sequence need no list of where they begin
@@ -66,6 +71,27 @@ class PagedBatch:
             max_q=self.max_seqlen_q, window=(None if self.window is None else self.window - 1, None), **options,
         )  # fmt: skip
         return out
+
+    def _attend_rows(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same by torch's attention alone: what the operators check and look up a layer has been done a step."""
+        outs = []
+        for row, q, k, v in zip(
+            self.rows or (), query.unsqueeze(2).split(1), key.split(1), value.split(1), strict=True
+        ):
+            row.key[layer].copy_(k)
+            row.value[layer].copy_(v)
+            outs.append(torch._scaled_dot_product_flash_attention_for_cpu(q, row.keys[layer], row.values[layer])[0])
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).view(query.shape)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Views of a sequence's memory in each layer: of its last token (1, KV, D), and of all visible (1, KV, n, D)."""
+
+    key: Sequence[Tensor]
+    value: Sequence[Tensor]
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -143,6 +169,9 @@ class PagedKVCache:
         # (heads, n_blocks, block_size, ...) as (n_blocks, block_size, heads, ...)
         self.pages = KVPages(*(t.flatten(0, 1).movedim(0, 2) for t in stored))
         self.layers = [KVPages(*(t[layer].movedim(0, 2) for t in stored)) for layer in range(n_layers)]
+        # (n_layers, 1, heads, slots, columns), where torch's attention on a CPU can read it as it stands
+        plain = pages == "native" and value_dim == head_dim and _by_torch(self.device)
+        self._slots = [t.flatten(2, 3).unsqueeze(1) for t in stored] if plain else None
 
     @classmethod
     def for_memory(
@@ -224,6 +253,9 @@ class PagedKVCache:
             ends.append(len(slots))
             most = max(most, seq.n_tokens - start)
         lengths = [seq.n_tokens for seq in seqs]
+        one_each = self._slots is not None and most == 1 and len(slots) == len(seqs)
+        found = [self._row(seq) for seq in seqs] if one_each else []
+        rows = [row for row in found if row is not None]
         return PagedBatch(
             block_table=self._tensor(table, torch.int32).view(len(seqs), width),
             context_lens=self._tensor(array("i", lengths), torch.int32),
@@ -234,7 +266,22 @@ class PagedKVCache:
             positions=self._tensor(positions, torch.int64),
             layers=self.layers,
             window=self.window,
+            rows=rows if rows and len(rows) == len(seqs) else None,
         )
+
+    def _row(self, seq: PagedSequence) -> _Row | None:
+        """None where the blocks do not follow one another."""
+        first = 0 if self.window is None else max(0, seq.n_tokens - self.window)
+        size = self.allocator.block_size
+        blocks = seq.blocks[first // size :]
+        start = blocks[0]
+        if blocks != list(range(start, start + len(blocks))):
+            return None
+        begin, n = start * size + first % size, seq.n_tokens - first
+        assert self._slots is not None
+        key, value = (t.narrow(3, begin + n - 1, 1).transpose(2, 3)[:, 0].unbind() for t in self._slots)
+        keys, values = (t.narrow(3, begin, n).unbind() for t in self._slots)
+        return _Row(key, value, keys, values)
 
     def _tensor(self, numbers: array, dtype: torch.dtype) -> Tensor:
         if not numbers:
@@ -297,6 +344,10 @@ class PagedKVCache:
     def check_integrity(self) -> None:
         """RuntimeError if the allocator's state is inconsistent. Reads everything: for tests."""
         self.allocator.check_integrity()
+
+
+def _by_torch(device: torch.device) -> bool:
+    return device.type == "cpu" and OPERATORS["paged_attention"].implementation("cpu")[0] == "torch"
 
 
 def _scale_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -301,9 +301,22 @@ class MLP(nn.Module):
         return self.down(self.activation(x))
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm that takes three operators rather than eight for one row on a CPU, which is what decoding is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[-1]
+        one_row = x.numel() == n and x.is_cpu and x.dtype == torch.float32
+        if not one_row or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        row = x.reshape(n)
+        assert self.eps is not None
+        return x * (torch.dot(row, row).item() / n + self.eps) ** -0.5 * self.weight
+
+
 def make_norm(config: GPTConfig) -> nn.RMSNorm | nn.LayerNorm:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        return RMSNorm(config.d_model, eps=config.norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 

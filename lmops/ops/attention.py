@@ -25,6 +25,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 NEG_INF = float("-inf")
 LOG2E = math.log2(math.e)
 CPU_BLOCK = 256  # queries
+CPU_CAUSAL_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,46 @@ def attention_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
             o, l = attention_cpu(q[:, :, at_q], k[:, :, at_k], v[:, :, at_k], *block.values())
             out[:, :, at_q], lse[:, :, at_q] = o, l
         return out, lse
-    causal, mask = _torch_mask(q, k, opts)
-    o, l = _torch_forward(*_same_dim(q, k, v), 0.0, causal, attn_mask=mask, scale=opts.scale)
+    if (
+        opts.left is None
+        and opts.right == 0
+        and 0 <= shift <= k_len - q_len
+        and q_len > CPU_CAUSAL_BLOCK
+        and opts.bias is None
+        and opts.slopes is None
+    ):
+        causal, mask = True, None
+        o, l = _causal(_same_dim(q, k, v), shift, opts.scale)
+    else:
+        causal, mask = _torch_mask(q, k, opts)
+        o, l = _torch_forward(*_same_dim(q, k, v), 0.0, causal, attn_mask=mask, scale=opts.scale)
     o = o[..., : v.shape[-1]]
     if (causal or mask is not None) and o.sum().isnan():  # what is masked may hold NaN
         o, l = reference(q, k, v, **_reference_options(q, k, opts))
     elif mask is not None:
         l = l.masked_fill((mask == NEG_INF).all(-1), NEG_INF)
     return o if o.stride() == out.stride() else out.copy_(o), l.contiguous()
+
+
+def _causal(tensors: Sequence[Tensor], shift: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Query i sees keys 0 .. i + shift. Blocks of queries over the keys that they see: torch's own causal attention
+    computes keys by 512, seen or not."""
+    q, k, v = tensors
+    q_len = q.shape[2]
+    rows = min(CPU_CAUSAL_BLOCK, q_len)
+    # the last rows of the mask, and as many of its last columns as a block sees, are its mask
+    mask = q.new_zeros(rows, shift + q_len, dtype=torch.promote_types(q.dtype, torch.float32))
+    mask[:, -rows:] = mask.new_full((rows, rows), NEG_INF).triu_(1)
+    out, lses = q.new_empty(q.shape[0], q_len, q.shape[1], v.shape[3]).transpose(1, 2), []
+    for start in range(0, q_len, rows):
+        stop = min(start + rows, q_len)
+        seen = shift + stop
+        hidden = mask[start - stop :, shift + q_len - seen :].expand(q.shape[0], q.shape[1], -1, -1)
+        out[:, :, start:stop], lse = _torch_forward(
+            q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], 0.0, False, attn_mask=hidden, scale=scale
+        )
+        lses.append(lse)
+    return out, torch.cat(lses, 2)
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> bool:

@@ -22,6 +22,7 @@ from lmops.reference.quantization import unpack
 
 _BAG = {"int4": "embedding_bag_4bit_rowwise_offsets", "int8": "embedding_bag_byte_rowwise_offsets"}
 _BAG_COLUMNS = 64
+_SUMS = 1 << 17  # what is written before scales are applied, in numbers: half of a usual second-level cache
 _HALF_MAX = torch.finfo(torch.float16).max
 _native = (
     "fbgemm" in torch.backends.quantized.supported_engines
@@ -35,11 +36,11 @@ def cpu_weight_helps(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
     It can't where a gradient is wanted, where torch.compile looks on, for float64, and where tensors on the CPU are
     the Triton kernel's.
     """
-    if x.device.type != "cpu" or w.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
+    if not (_native and x.is_cpu and w.is_cpu) or torch.compiler.is_compiling() or x.numel() == 0:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    return x.dtype in FLOATS and _native
+    return x.dtype in FLOATS
 
 
 class CPUWeight:
@@ -51,14 +52,15 @@ class CPUWeight:
 
     def __init__(self, w: Quantized) -> None:
         self.w = w
+        self.shape = w.shape
         self._bags: _Bags | None = None
         self._half: torch.ScriptObject | None = None
         self._over_half = False  # the weight does not fit into float16
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`quantized_matmul(x, w, bias)` without gradients, computed in float32 for any dtype of x."""
-        n_out, n_in = self.w.shape
-        if x.shape[-1:] != (n_in,):
+        n_out, n_in = self.shape
+        if x.ndim == 0 or x.shape[-1] != n_in:
             raise ValueError(f"x must be (..., {n_in}) for a weight of shape {(n_out, n_in)}, got {tuple(x.shape)}")
         rows = x if x.dtype == torch.float32 else x.float()
         if x.numel() == n_in and self.w.format in _BAG:
@@ -97,26 +99,31 @@ class _Bags:
         n_out, n_in = w.shape
         size = n_in if w.group_size == -1 else w.group_size
         self.run = getattr(torch.ops.quantized, _BAG[w.format]).default
-        self.n_out = n_out
         self.permutation = None if w.permutation is None else w.permutation.long()
         self.columns = torch.arange(n_in, dtype=torch.int32)
         # a long group is several bags: a bag's sum is one chain of additions, whose errors grow with its length
         starts = [k for group in range(0, n_in, size) for k in range(group, min(group + size, n_in), _BAG_COLUMNS)]
         self.bounds = torch.tensor(starts, dtype=torch.int32)
         scales = w.scales.float()
-        self.scales = scales if len(starts) == len(scales) else scales[self.bounds // size]
         offsets = w.offsets if w.zeros is None else -scales * w.zeros
         self.offsets = None if offsets is None else offsets.float().T
         self.group_size, self.ragged = size, n_in % size
-        self.table = _table(w, 8 if w.format == "int4" and offsets is None else 0)
+        scales = scales if len(starts) == len(scales) else scales[self.bounds // size]
+        center = 8 if w.format == "int4" and offsets is None else 0
+        width = max(64, _SUMS // max(1, len(starts)) // 64 * 64)
+        slices = [slice(first, min(first + width, n_out)) for first in range(0, max(1, n_out), width)]
+        self.parts = [(_table(w, center, rows), scales[:, rows].contiguous()) for rows in slices]
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.permutation is not None:
             x = x[self.permutation]
-        sums = self.run(self.table, self.columns, self.bounds, False, 0, False, x, None, False)
-        if self.n_out % 2:
-            sums = sums[:, : self.n_out]  # 4 bits are stored in pairs
-        y = sums.mul_(self.scales).sum(0)
+        ys = []
+        for table, scales in self.parts:
+            sums = self.run(table, self.columns, self.bounds, False, 0, False, x, None, False)
+            if sums.shape[1] != scales.shape[1]:
+                sums = sums[:, : scales.shape[1]]  # 4 bits are stored in pairs
+            ys.append(sums.mul_(scales).sum(0))
+        y = ys[0] if len(ys) == 1 else torch.cat(ys)
         if self.offsets is None:
             return y
         if self.ragged:
@@ -124,12 +131,12 @@ class _Bags:
         return torch.addmv(y, self.offsets, x.view(-1, self.group_size).sum(1))
 
 
-def _table(w: Quantized, center: int) -> Tensor:
-    """The codes (n_in, n_out) as a quantized embedding table with scale 1 and bias -center in every row.
+def _table(w: Quantized, center: int, rows: slice) -> Tensor:
+    """The codes of these rows of w, transposed: a quantized embedding table with scale 1 and bias -center in each row.
 
     4 bits: two codes a byte, then scale and bias as float16. 8 bits: a code a byte, unsigned, then both as float32.
     """
-    n_out, n_in = w.shape
+    n_out, n_in, packed = rows.stop - rows.start, w.shape[1], w.packed[:, rows]
     four = w.format == "int4"
     bias = -center if four else -center - 128
     tail = torch.tensor([1, bias], dtype=torch.float16 if four else torch.float32).view(torch.uint8)
@@ -138,7 +145,7 @@ def _table(w: Quantized, center: int) -> Tensor:
     table[:, width:] = tail
     step = 2 * max(1, (1 << 19) // n_in)  # rows of the weight at a time, an even number of them
     for start in range(0, n_out, step):
-        codes = unpack(w.packed[:, start : start + step], w.format, n_in)
+        codes = unpack(packed[:, start : start + step], w.format, n_in)
         if four:
             codes = torch.nn.functional.pad(codes, (0, 0, 0, len(codes) % 2))
             codes = codes[::2] | codes[1::2] << 4

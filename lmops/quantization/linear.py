@@ -170,8 +170,8 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features) in x's dtype, under autocast in autocast's."""
-        kind = x.device.type
-        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        kind = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
+        if kind and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):  # so that products inside stay in float32
                 return self.forward(x.to(torch.get_autocast_dtype(kind)))
         bias = self.bias
