@@ -74,10 +74,10 @@ class PagedBatch:
 
     def _attend_rows(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same by torch's attention alone: what the operators check and look up a layer has been done a step."""
-        outs = []
-        for row, q, k, v in zip(
-            self.rows or (), query.unsqueeze(2).split(1), key.split(1), value.split(1), strict=True
-        ):
+        assert self.rows is not None
+        new, outs = (query.unsqueeze(2), key, value), []
+        parts = [(t,) for t in new] if len(self.rows) == 1 else [t.split(1) for t in new]
+        for row, q, k, v in zip(self.rows, *parts, strict=True):
             row.key[layer].copy_(k)
             row.value[layer].copy_(v)
             outs.append(torch._scaled_dot_product_flash_attention_for_cpu(q, row.keys[layer], row.values[layer])[0])

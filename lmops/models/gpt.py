@@ -297,7 +297,8 @@ class MLP(nn.Module):
         x = self.up(x)
         if self.gated:
             gate, x = x.chunk(2, dim=-1)
-            return self.down(self.activation(gate) * x)
+            gate = self.activation(gate)
+            return self.down(gate * x if torch.is_grad_enabled() else gate.mul_(x))
         return self.down(self.activation(x))
 
 

@@ -66,8 +66,9 @@ def quantized_matmul_tile(
     elif converted and not target.startswith(("sm_10", "gfx")):
         block_n, num_warps, num_stages = min(block_n, 128), 8, 3
     elif block_n == 64 or target != "sm_90":
-        # gfx942 has 64 KB of shared memory; for sm_100 Triton 3.7.1 makes an empty kernel of 8 warps and offsets
-        block_n, num_warps, num_stages = 64, 4, 3
+        # for sm_100 Triton 3.7.1 makes an empty kernel of 8 warps and offsets; gfx942 has 64 KB of shared memory,
+        # and with two stages instead of three twice the programs at a time and no spills
+        block_n, num_warps, num_stages = 64, 4, 2 if target.startswith("gfx") else 3
     else:  # results that are not aligned take more registers to store
         block_n, num_warps, num_stages = block_n if n_out % 8 == 0 else 128, 8, 3
     tiles = -(-n_out // block_m) * -(-n_rows // block_n)

@@ -63,7 +63,7 @@ class CPUWeight:
         if x.ndim == 0 or x.shape[-1] != n_in:
             raise ValueError(f"x must be (..., {n_in}) for a weight of shape {(n_out, n_in)}, got {tuple(x.shape)}")
         rows = x if x.dtype == torch.float32 else x.float()
-        if x.numel() == n_in and self.w.format in _BAG:
+        if x.numel() == n_in and (self._bags is not None or self.w.format in _BAG):
             if self._bags is None:
                 self._bags = _Bags(self.w)
             y = self._bags(rows.reshape(n_in).contiguous()).view(*x.shape[:-1], n_out)

@@ -207,6 +207,12 @@ def _sample_cpu(
     outputs = _sample_fake(logits, per_row, numbers, seed, offset, token_counts, logit_bias, allowed_mask, n_logprobs)
     tokens, valid, logprobs, top_tokens, top_logprobs = outputs
     n_rows, n_cols = logits.shape
+    plain = all(t is None for t in (*per_row[:-2], token_counts, logit_bias, allowed_mask)) and not n_logprobs
+    if plain and numbers[0] < GREEDY_BELOW and n_cols:  # greedy decoding: the largest logit, where all is well
+        largest, found = logits.max(-1)
+        finite = largest.isfinite()
+        if finite.all():
+            return found, finite, logprobs, top_tokens, top_logprobs
     columns = _columns(per_row[:-2], numbers, n_rows)
     columns += _columns(per_row[-2:], (seed, offset), n_rows, torch.int64)
     step = max(1, ROWS_AT_ONCE // n_cols)
