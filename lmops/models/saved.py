@@ -24,7 +24,7 @@ from lmops.models.extras import require
 from lmops.models.gpt import GPT
 from lmops.models.huggingface import read_json
 from lmops.models.tokenizer import Tokenizer
-from lmops.quantization import JoinedLinear, QuantEmbedding, QuantizedTensor, QuantLinear
+from lmops.quantization import JoinedLinear, QuantEmbedding, QuantizedTensor, QuantLinear, W8A8Linear
 from lmops.quantization.tensor import INFO
 
 MODEL_TYPE = "lmops"
@@ -114,7 +114,8 @@ def _quantized_layers(model: GPT, tensors: Mapping[str, Tensor], dtype: torch.dt
     for name in sorted(name.removesuffix(f".{INFO}") for name in tensors if name.endswith(f".{INFO}")):
         parts = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         parts.pop("bias", None)
-        layer = QuantLinear.from_quantized(QuantizedTensor.from_tensors(parts, name), dtype=dtype)
+        kind = QuantLinear if parts.pop("smooth", None) is None else W8A8Linear
+        layer = kind.from_quantized(QuantizedTensor.from_tensors(parts, name), dtype=dtype)
         layers.setdefault(re.sub(r"\.(table|parts\.\d)$", "", name), []).append(layer)
     for path, found in layers.items():
         old = model.get_submodule(path)

@@ -41,7 +41,9 @@ class _Weight(Tensor):
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """What it stands for, for those that can compute with it."""
+        """What it stands for, for those that can compute with it; AttributeError where that is not all."""
+        if getattr(self.layer, "smooth", None) is not None:
+            raise AttributeError("the columns of the packed weight are smoothed")
         return self.layer.quantized
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -55,7 +57,7 @@ class _Weight(Tensor):
                 f"the weight of a QuantLinear is quantized and cannot be written to, as {func} would: "
                 "make a float layer of it with dequantize()"
             )
-        args, kwargs = tree_map_only(_Weight, lambda w: w.layer.quantized.dequantize(w.dtype), (args, kwargs or {}))
+        args, kwargs = tree_map_only(_Weight, lambda w: w.layer._dequantized(w.dtype), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -150,10 +152,13 @@ class QuantLinear(nn.Linear):
     def dequantize(self) -> nn.Linear:
         """A float layer that computes the same, with a copy of the bias, in `dtype`."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dtype)
-        layer.weight = nn.Parameter(self.quantized.dequantize(self.dtype))
+        layer.weight = nn.Parameter(self._dequantized(self.dtype))
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return layer.train(self.training)
+
+    def _dequantized(self, dtype: torch.dtype) -> Tensor:
+        return self.quantized.dequantize(dtype)
 
     @property
     def quantized(self) -> QuantizedTensor:

@@ -87,7 +87,7 @@ def quantize_model(
         for name, layer in layers.items():
             if name not in done:
                 weight = round_to_nearest(float_weight(layer), **settings, scale_dtype=scale_dtypes[name], name=name)
-                _replace(model, layer, weight, layer.bias, edit)
+                _replace(model, layer, _quantized(layer, weight, layer.bias), edit)
                 report(name)
     return list(layers)
 
@@ -182,7 +182,7 @@ def _quantize_blocks(
             if bias is not None and method == "awq":
                 scaled = work.get_parameter(f"{name}.bias").to(bias.dtype)
                 bias = nn.Parameter(scaled.detach(), bias.requires_grad)
-            _replace(model, layer, packed, bias, edit)
+            _replace(model, layer, _quantized(layer, packed, bias), edit)
             done.add(path + name)
             report(path + name)
         hidden = [_run(block, x, call) for x, call in zip(hidden, calls[i], strict=True)]
@@ -301,9 +301,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = name in training
 
 
-def _replace(model: nn.Module, layer: nn.Module, weight: QuantizedTensor, bias: Any, edit: Edit) -> None:
-    """Put a `QuantLinear` wherever `layer` is."""
-    new = QuantLinear.from_quantized(weight, bias, float_weight(layer).dtype)
+def _quantized(layer: nn.Module, weight: QuantizedTensor, bias: Any) -> QuantLinear:
+    return QuantLinear.from_quantized(weight, bias, float_weight(layer).dtype)
+
+
+def _replace(model: nn.Module, layer: nn.Module, new: QuantLinear, edit: Edit) -> None:
+    """Put `new` wherever `layer` is."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is layer:
