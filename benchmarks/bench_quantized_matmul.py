@@ -1,4 +1,8 @@
-"""x times an int4 or int8 weight, for layers of GPT-2 XL, Llama-7B and Llama-70B at 1 to 4,096 rows of x."""
+"""x times an int4 or int8 weight, for layers of GPT-2 XL, Llama-7B and Llama-70B at 1 to 4,096 rows of x.
+
+Peers get the same codes and scales, and are checked against the same truth. bitsandbytes cannot be one of them: its 4
+bits are NF4 or FP4, its 8 bits round x too, so its results are those of another weight.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ LAYERS = {  # (n_out, n_in)
 
 def benchmark(layer: str, bits: int, group_size: int) -> Benchmark:
     """A layer with a quantized weight; on a CPU at most 4,096 by 4,096 of it."""
-    kept = WeakIdKeyDictionary()
+    kept, repacked = WeakIdKeyDictionary(), WeakIdKeyDictionary()
 
     def inputs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """x, the dequantized weight, the packed one, and where torch has a kernel: the same codes as it packs them."""
@@ -60,11 +64,28 @@ def benchmark(layer: str, bits: int, group_size: int) -> Benchmark:
         run = torch._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else torch._weight_int4pack_mm
         return run(x, rest[0], group_size, rest[1])
 
+    def gemlite(x: Tensor, w: Tensor, packed: Tensor, scales: Tensor, *rest: Tensor) -> Tensor:
+        from gemlite.core import TORCH_TO_DTYPE, GemLiteLinear
+
+        if x.device.type == "cpu":
+            raise ImportError("gemlite has kernels for GPUs only")
+        if packed not in repacked:
+            n_out, n_in = w.shape
+            q = QuantizedTensor(packed, scales, None, None, None, f"int{bits}", group_size, (n_out, n_in))
+            dtype = TORCH_TO_DTYPE[x.dtype]
+            layer = GemLiteLinear(
+                bits, group_size=n_in if group_size == -1 else group_size, in_features=n_in, out_features=n_out,
+                input_dtype=dtype, output_dtype=dtype,
+            )  # fmt: skip
+            zeros = torch.full_like(scales.T, 8).contiguous() if bits == 4 else None
+            repacked[packed] = layer.pack(q.codes(), scales.T.contiguous(), zeros, None)
+        return repacked[packed](x)
+
     return Benchmark(
         f"quantized-matmul int{bits} {'row' if group_size == -1 else f'g{group_size}'} {layer}",
         "quantized_matmul_forward",
         inputs,
-        {"lmops": ours, "torch int4 (torchao)": torch_int4},
+        {"lmops": ours, "torch int4 (torchao)": torch_int4, "gemlite": gemlite},
         lambda x, w, *rest: x @ w.T,
         lambda x, w, packed, scales, *rest: x.nbytes + packed.nbytes + scales.nbytes + x.shape[0] * w.shape[0] * 2,
         ROWS,
