@@ -92,3 +92,13 @@ def compiles_to_ptx() -> bool:
     if triton.knobs.runtime.interpret:
         return False
     return triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
+def target_name() -> str:
+    """What Triton compiles for: "sm_90", "gfx942", ... or "interpreter"."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op
+from lmops.ops._register import define_op, target_name
 from lmops.reference.attention import attention as reference
 from lmops.reference.attention import backward as backward_reference
 from lmops.reference.attention import dropout_keep
@@ -432,16 +432,6 @@ WIDE_TILES = {
 def block_dim(dim: int) -> int:
     """A head_dim in the kernels: the next power of 2, at least the 16 that a tensor core takes."""
     return max(16, 1 << (dim - 1).bit_length())
-
-
-def target_name() -> str:
-    """What Triton compiles for: "sm_90", "gfx942", ... or "interpreter"."""
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, opts: Options, target: str, precision: str) -> dict[str, Any]:

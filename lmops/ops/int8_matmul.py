@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lmops.ops._register import define_op
-from lmops.ops.quantized_matmul import FLOATS, Quantized, Tile, _target, quantized_matmul_backward
+from lmops.ops._launch import Launch, prepared
+from lmops.ops._register import define_op, target_name
+from lmops.ops.quantized_matmul import FLOATS, Product, Quantized, Tile, product, quantized_matmul_backward, run_product
 from lmops.reference.quantization import int8_matmul as reference
 
 BLOCK_K = 128  # bytes, two units
@@ -28,42 +29,44 @@ def _fake(x: Tensor, packed: Tensor, scales: Tensor, smooth: Tensor | None, bias
     return x.new_empty(*x.shape[:-1], packed.shape[1])
 
 
+@prepared
+def _prepare(
+    rows: Tensor, packed: Tensor, scales: Tensor, smooth: Tensor | None, bias: Tensor | None, format: str
+) -> tuple[Launch, Product]:
+    """What rounds the rows, its leading arguments rows, smooth, codes and scales; and their product with the weight."""
+    from lmops.kernels.int8_matmul import int8_matmul_kernel, quantize_rows_kernel
+
+    fp8, target = format == "fp8", target_name()
+    if fp8 and (not target.startswith("sm_") or int(target[3:]) < 89):
+        raise NotImplementedError(f"int8_matmul with an fp8 weight needs products of e4m3, which {target} has not")
+    (n_rows, n_in), (units, n_out) = rows.shape, packed.shape[:2]
+    n_bytes = 64 * units
+    block = min(8_192, 1 << (n_bytes - 1).bit_length())
+    quantize = Launch(
+        quantize_rows_kernel, (n_rows,), n_rows, n_in, n_bytes, rows.stride(0), SMOOTH=smooth is not None, FP8=fp8,
+        FITS=block >= n_bytes, BLOCK=block, num_warps=max(1, min(8, block // 512)),
+    )  # fmt: skip
+    tile, blocks = int8_matmul_tile(n_rows, n_out, n_bytes), -(-n_bytes // BLOCK_K)
+    return quantize, product(
+        int8_matmul_kernel, tile, n_rows, n_out, bias is not None, n_bytes, -(-blocks // tile.splits), K=BLOCK_K,
+        EDGE=n_bytes % BLOCK_K != 0, FP8=fp8,
+    )  # fmt: skip
+
+
 def _triton(
     x: Tensor, packed: Tensor, scales: Tensor, smooth: Tensor | None, bias: Tensor | None, format: str
 ) -> Tensor:
-    from lmops.kernels.int8_matmul import int8_matmul_kernel, quantize_rows_kernel
-    from lmops.kernels.quantized_matmul import add_splits_kernel
-
-    fp8, target = format == "fp8", _target()
-    if fp8 and (not target.startswith("sm_") or int(target[3:]) < 89):
-        raise NotImplementedError(f"int8_matmul with an fp8 weight needs products of e4m3, which {target} has not")
     y = _fake(x, packed, scales, smooth, bias, format)
     if y.numel() == 0:
         return y
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    (n_rows, n_in), (units, n_out) = rows.shape, packed.shape[:2]
-    n_bytes = 64 * units
-    eight_bits = torch.float8_e4m3fn if fp8 else torch.int8
-    codes = torch.empty(n_rows, n_bytes, dtype=eight_bits, device=x.device)
-    x_scales = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-    block = min(8_192, 1 << (n_bytes - 1).bit_length())
-    quantize_rows_kernel[(n_rows,)](
-        rows, smooth, codes, x_scales, n_rows, n_in, n_bytes, rows.stride(0), SMOOTH=smooth is not None, FP8=fp8,
-        FITS=block >= n_bytes, BLOCK=block, num_warps=max(1, min(8, block // 512)),
-    )  # fmt: skip
-    tile, blocks = int8_matmul_tile(n_rows, n_out, n_bytes), -(-n_bytes // BLOCK_K)
-    split = tile.splits > 1
-    out = y.new_empty(tile.splits, n_rows, n_out, dtype=torch.float32) if split else y
-    int8_matmul_kernel[(-(-n_out // tile.block_m) * -(-n_rows // tile.block_n), tile.splits)](
-        codes, x_scales, packed.view(eight_bits), scales, bias, out, n_rows, n_out, n_bytes,
-        -(-blocks // tile.splits), M=tile.block_m, N=tile.block_n, K=BLOCK_K,
-        BIAS=bias is not None and not split, SPLIT=split, EDGE=n_bytes % BLOCK_K != 0, FP8=fp8,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    if split:
-        grid = (-(-n_out // 1024), n_rows)
-        add_splits_kernel[grid](out, bias, y, n_rows, n_out, tile.splits, BIAS=bias is not None, BLOCK=1024)
+    quantize, multiply = _prepare(rows, packed, scales, smooth, bias, format)
+    eight_bits = torch.float8_e4m3fn if format == "fp8" else torch.int8
+    codes = torch.empty(len(rows), 64 * packed.shape[0], dtype=eight_bits, device=x.device)
+    x_scales = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+    quantize(rows, smooth, codes, x_scales)
+    run_product(multiply, len(rows), bias, y, codes, x_scales, packed.view(eight_bits), scales)
     return y
 
 

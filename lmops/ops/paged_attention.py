@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op
+from lmops.ops._register import define_op, target_name
 from lmops.ops.attention import (
     LOG2E,
     NEG_INF,
@@ -22,7 +22,6 @@ from lmops.ops.attention import (
     block_dim,
     check_a_head,
     check_window,
-    target_name,
 )
 from lmops.ops.paged_cache import FLOATS, FORMATS, KVPages, as_bytes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmops.ops._launch import Launch, prepared
 from lmops.ops._register import define_op
 from lmops.ops.quantized_matmul import FLOATS, Quantized
 from lmops.reference.quantization import dequantize, unit_columns
@@ -17,21 +18,32 @@ def _fake(
     return scales.new_empty(*tokens.shape, n_in, dtype=dtype)
 
 
+@prepared
+def _prepare(
+    tokens: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None, format: str,
+    group_size: int, n_in: int, dtype: torch.dtype,
+) -> Launch:  # fmt: skip
+    """A launch whose leading arguments are tokens, the table's tensors, and the rows."""
+    from lmops.kernels.quantized_matmul import quantized_rows_kernel
+
+    units = 16
+    return Launch(
+        quantized_rows_kernel, (tokens.numel(), -(-packed.shape[0] // units)), packed.shape[1], n_in,
+        UNITS=units, PARTS=unit_columns(format) // 32, GROUP=max(0, group_size), FORMAT=format,
+        SHIFT="zeros" if zeros is not None else "offsets" if offsets is not None else "", num_warps=4,
+    )  # fmt: skip
+
+
 def _triton(
     tokens: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None,
     permutation: Tensor | None, format: str, group_size: int, n_in: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    from lmops.kernels.quantized_matmul import quantized_rows_kernel
-
     y = _fake(tokens, packed, scales, zeros, offsets, permutation, format, group_size, n_in, dtype)
     if y.numel() == 0:
         return y
-    units, shift = 16, zeros if offsets is None else offsets
-    quantized_rows_kernel[(tokens.numel(), -(-packed.shape[0] // units))](
-        tokens.contiguous(), packed, scales, shift, y, packed.shape[1], n_in,
-        UNITS=units, PARTS=unit_columns(format) // 32, GROUP=max(0, group_size), FORMAT=format,
-        SHIFT="zeros" if zeros is not None else "offsets" if offsets is not None else "", num_warps=4,
-    )  # fmt: skip
+    tokens = tokens.contiguous()
+    launch = _prepare(tokens, packed, scales, zeros, offsets, format, group_size, n_in, dtype)
+    launch(tokens, packed, scales, zeros if offsets is None else offsets, y)
     return y if permutation is None else torch.empty_like(y).index_copy_(-1, permutation.long(), y)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lmops.ops._register import define_op
+from lmops.ops._launch import Launch, prepared
+from lmops.ops._register import define_op, target_name
 from lmops.reference.quantization import dequantize, row_chunks, unit_columns
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -77,16 +78,6 @@ def quantized_matmul_tile(
     return Tile(block_m, block_n, -(-units // units_a_split), num_warps, num_stages)
 
 
-def _target() -> str:
-    """What Triton compiles for: "sm_90", "gfx942", ... or "interpreter"."""
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
-
-
 def _compute_type(x: torch.dtype, scales: torch.dtype, offsets: bool, scaled: bool, target: str) -> torch.dtype:
     """What a weight is formed in. scaled: it is multiplied by its scale, rather than the sum at the end.
 
@@ -103,7 +94,7 @@ def _compute_type(x: torch.dtype, scales: torch.dtype, offsets: bool, scaled: bo
 
 def _arguments(
     x: Tensor, zeros: Tensor | None, offsets: Tensor | None, format: str, group_size: int, compute: torch.dtype,
-    target: str,
+    precision: str, target: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The compile-time arguments that the kernels share."""
     import triton.language as tl
@@ -112,7 +103,7 @@ def _arguments(
         "PARTS": 4 if format == "int4" else 2, "GROUP": max(0, group_size), "FORMAT": format,
         "SHIFT": "zeros" if zeros is not None else "offsets" if offsets is not None else "",
         "COMPUTE": getattr(tl, str(compute).removeprefix("torch.")), "PTX": target.startswith("sm_"),
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "ieee" if precision == "highest" else "tf32",
         "OFFSET": tl.int32 if 256 * max(map(abs, x.stride())) < 2**31 else tl.int64,
     }  # fmt: skip
 
@@ -134,39 +125,75 @@ def _forward_fake(
     return x.new_empty(*x.shape[:-1], packed.shape[1])
 
 
+class Product(NamedTuple):
+    """A product's launch, and where its columns are split over programs how many ways, and the launch that adds up."""
+
+    launch: Launch
+    splits: int
+    add: Launch | None
+
+
+def product(kernel: Any, tile: Tile, n_rows: int, n_out: int, bias: bool, *arguments: Any, **options: Any) -> Product:
+    """Leading arguments of `launch` are the kernel's tensors, of `add` the splits' results, the bias and the result."""
+    from lmops.kernels.quantized_matmul import add_splits_kernel
+
+    split = tile.splits > 1
+    launch = Launch(
+        kernel, (-(-n_out // tile.block_m) * -(-n_rows // tile.block_n), tile.splits), n_rows, n_out, *arguments,
+        M=tile.block_m, N=tile.block_n, BIAS=bias and not split, SPLIT=split, num_warps=tile.num_warps,
+        num_stages=tile.num_stages, **options,
+    )  # fmt: skip
+    grid = (-(-n_out // 1024), n_rows)
+    add = Launch(add_splits_kernel, grid, n_rows, n_out, tile.splits, BIAS=bias, BLOCK=1024) if split else None
+    return Product(launch, tile.splits, add)
+
+
+def run_product(product: Product, n_rows: int, bias: Tensor | None, y: Tensor, *tensors: Tensor | None) -> None:
+    """y (..., n_out) of the kernel's tensors before the bias."""
+    if product.add is None:
+        product.launch(*tensors, bias, y)
+    else:
+        parts = y.new_empty(product.splits, n_rows, y.shape[-1], dtype=torch.float32)
+        product.launch(*tensors, bias, parts)
+        product.add(parts, bias, y)
+
+
+@prepared
+def _prepare_forward(
+    rows: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None, bias: Tensor | None,
+    format: str, group_size: int, dtype: torch.dtype, precision: str,
+) -> Product:  # fmt: skip
+    from lmops.kernels.quantized_matmul import quantized_matmul_kernel
+
+    (n_rows, n_in), (units, n_out) = rows.shape, packed.shape[:2]
+    target = target_name()
+    scaled = group_size != -1 or offsets is not None
+    compute = _compute_type(dtype, scales.dtype, offsets is not None, scaled, target)
+    converted = dtype != torch.float32 and (offsets is not None or compute != dtype)
+    tile = quantized_matmul_tile(n_rows, n_out, units, group_size, compute, converted, target)
+    return product(
+        quantized_matmul_kernel, tile, n_rows, n_out, bias is not None, n_in, len(scales), -(-units // tile.splits),
+        rows.stride(0), EDGE=n_in % unit_columns(format) != 0,
+        **_arguments(rows, zeros, offsets, format, group_size, compute, precision, target),
+    )  # fmt: skip
+
+
 def _forward_triton(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None,
     permutation: Tensor | None, bias: Tensor | None, format: str, group_size: int,
 ) -> Tensor:  # fmt: skip
-    from lmops.kernels.quantized_matmul import add_splits_kernel, quantized_matmul_kernel
-
     y = _forward_fake(x, packed, scales, zeros, offsets, permutation, bias, format, group_size)
     if y.numel() == 0:
         return y
     rows = x.reshape(-1, x.shape[-1])
     if permutation is not None:
         rows = rows.index_select(1, permutation)
-    columns = unit_columns(format)
     if rows.stride(1) != 1 or rows.stride(0) * rows.element_size() % 16 or rows.data_ptr() % 16:
         # a copy with rows of whole units is little next to reading numbers of 2 bytes one by one for every tile
-        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % columns)).contiguous()
-    (n_rows, n_in), (units, n_out) = rows.shape, packed.shape[:2]
-    target = _target()
-    scaled = group_size != -1 or offsets is not None
-    compute = _compute_type(x.dtype, scales.dtype, offsets is not None, scaled, target)
-    converted = x.dtype != torch.float32 and (offsets is not None or compute != x.dtype)
-    tile = quantized_matmul_tile(n_rows, n_out, units, group_size, compute, converted, target)
-    split = tile.splits > 1
-    out = y.new_empty(tile.splits, n_rows, n_out, dtype=torch.float32) if split else y
-    quantized_matmul_kernel[(-(-n_out // tile.block_m) * -(-n_rows // tile.block_n), tile.splits)](
-        rows, packed, scales, zeros if offsets is None else offsets, bias, out, n_rows, n_out, n_in, len(scales),
-        -(-units // tile.splits), rows.stride(0), M=tile.block_m, N=tile.block_n,
-        BIAS=bias is not None and not split, SPLIT=split, EDGE=n_in % columns != 0, num_warps=tile.num_warps,
-        num_stages=tile.num_stages, **_arguments(rows, zeros, offsets, format, group_size, compute, target),
-    )  # fmt: skip
-    if split:
-        grid = (-(-n_out // 1024), n_rows)
-        add_splits_kernel[grid](out, bias, y, n_rows, n_out, tile.splits, BIAS=bias is not None, BLOCK=1024)
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % unit_columns(format))).contiguous()
+    precision = torch.get_float32_matmul_precision()
+    plan = _prepare_forward(rows, packed, scales, zeros, offsets, bias, format, group_size, x.dtype, precision)
+    run_product(plan, len(rows), bias, y, rows, packed, scales, zeros if offsets is None else offsets)
     return y
 
 
@@ -191,27 +218,38 @@ def _backward_fake(
     return dy.new_empty(*dy.shape[:-1], n_in)
 
 
+@prepared
+def _prepare_backward(
+    rows: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None, format: str,
+    group_size: int, n_in: int, precision: str,
+) -> Launch:  # fmt: skip
+    """A launch whose leading arguments are rows, the weight's tensors, and dx."""
+    from lmops.kernels.quantized_matmul import quantized_matmul_dx_kernel
+
+    n_rows, (units, n_out) = len(rows), packed.shape[:2]
+    target = target_name()
+    compute = _compute_type(rows.dtype, scales.dtype, offsets is not None, True, target)
+    small = compute == torch.float32 or (group_size % 32 and group_size != -1)
+    block_m, block_n, num_warps = (32, 32, 8 if rows.dtype == torch.float32 else 4) if small else (64, 64, 4)
+    return Launch(
+        quantized_matmul_dx_kernel, (units * -(-n_rows // block_n),), n_rows, n_out, n_in, len(scales), rows.stride(),
+        M=block_m, N=block_n, num_warps=num_warps, num_stages=2,
+        **_arguments(rows, zeros, offsets, format, group_size, compute, precision, target),
+    )  # fmt: skip
+
+
 def _backward_triton(
     dy: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None,
     permutation: Tensor | None, format: str, group_size: int, n_in: int,
 ) -> Tensor:  # fmt: skip
-    from lmops.kernels.quantized_matmul import quantized_matmul_dx_kernel
-
     dx = _backward_fake(dy, packed, scales, zeros, offsets, permutation, format, group_size, n_in)
     if dx.numel() == 0:
         return dx
     rows = dy.reshape(-1, dy.shape[-1])
-    n_rows, (units, n_out) = len(rows), packed.shape[:2]
     out = dx if permutation is None else torch.empty_like(dx)
-    target = _target()
-    compute = _compute_type(dy.dtype, scales.dtype, offsets is not None, True, target)
-    small = compute == torch.float32 or (group_size % 32 and group_size != -1)
-    block_m, block_n, num_warps = (32, 32, 8 if dy.dtype == torch.float32 else 4) if small else (64, 64, 4)
-    quantized_matmul_dx_kernel[(units * -(-n_rows // block_n),)](
-        rows, packed, scales, zeros if offsets is None else offsets, out, n_rows, n_out, n_in, len(scales),
-        rows.stride(), M=block_m, N=block_n,
-        **_arguments(rows, zeros, offsets, format, group_size, compute, target), num_warps=num_warps, num_stages=2,
-    )  # fmt: skip
+    precision = torch.get_float32_matmul_precision()
+    launch = _prepare_backward(rows, packed, scales, zeros, offsets, format, group_size, n_in, precision)
+    launch(rows, packed, scales, zeros if offsets is None else offsets, out)
     if permutation is not None:
         dx.index_copy_(-1, permutation.long(), out)
     return dx
