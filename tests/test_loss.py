@@ -866,6 +866,40 @@ def test_compile_fullgraph(path):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.fake_tensors
+@pytest.mark.parametrize("head", HEADS)
+def test_opcheck_with_a_quantized_head(path, head):
+    hidden, weight, bias, y = (t.to(path.device) for t in linear(3, 32, 48))
+    codes, quantized = ops._arguments(QuantizedTensor.quantize(weight, **HEADS[head]))
+    options, grad = (-100, 0.1, 0.0, 0.0, 1.0), torch.rand(3, device=path.device)
+    inputs = hidden, codes, bias, y, None
+    check, wanted = torch.library.opcheck, [True, False, True]
+    check(ops.linear_cross_entropy_forward, (*inputs, *options, *quantized))
+    state = ops.linear_cross_entropy_forward(*inputs, *options, *quantized)
+    check(ops.linear_cross_entropy_backward, (*inputs, grad, state, wanted, *options, *quantized))
+    heads = hidden, codes, bias, hidden.sin(), codes, None, None
+    check(ops.linear_kl_div_forward, (*heads, 0.7, False, *quantized, *quantized))
+    state = ops.linear_kl_div_forward(*heads, 0.7, False, *quantized, *quantized)
+    check(ops.linear_kl_div_backward, (*heads, grad, state, wanted, 0.7, False, *quantized, *quantized))
+
+
+@pytest.mark.fake_tensors
+def test_compile_fullgraph_with_a_quantized_head(path):
+    hidden, weight, bias, y = (t.to(path.device) for t in linear(4, 32, 48))
+    quantized = QuantizedTensor.quantize(weight, **HEADS["int4"])
+    other = QuantizedTensor.quantize(weight, **HEADS["int8"])
+
+    def loss(hidden, bias):
+        hard = lmops.linear_cross_entropy(hidden, quantized, y, bias)
+        return hard + lmops.linear_kl_div(hidden, other, hidden.sin(), quantized, bias)
+
+    leaves = hidden.requires_grad_(), bias.requires_grad_()
+    expected, actual = loss(*leaves), torch.compile(loss, fullgraph=True)(*leaves)
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 X, Y = torch.randn(3, 5), torch.tensor([0, 1, 2])
 BAD = [
     (TypeError, "input must be float16.*int64", lambda: lmops.cross_entropy(X.long(), Y)),
