@@ -3,8 +3,8 @@
 A kernel takes rows, or a chunk of the vocabulary's columns of them, into running statistics (FORWARD), which begin
 with its FIRST chunk and give the row's loss after its LAST; writes the gradient with respect to the logits from
 complete statistics (GRAD); or both, when the row is one chunk. Rows are walked through as in softmax.py: those that fit
-one tile (FITS) are read once, longer ones twice but for their first tile. The statistics are planes of one float32
-tensor (planes, *rows).
+one tile (FITS) are read once, longer ones twice but for their first HELD columns, which may be more than a tile. The
+statistics are planes of one float32 tensor (planes, *rows).
 """
 
 import triton
@@ -92,8 +92,8 @@ def cross_entropy_kernel(
     x_ptr, dx_ptr, target_ptr, weight_ptr, weight_sum_ptr, grad_ptr, state_ptr, outer_shape, n_rows, n_cols, plane,
     first_class, n_classes, ignore_index, label_smoothing, z_loss, softcap, scale, inverse_t,
     x_strides, dx_strides, target_strides, grad_strides, state_strides,
-    ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, EDGE: tl.constexpr, FITS: tl.constexpr,
-    FORWARD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, GRAD: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, HELD: tl.constexpr, VEC: tl.constexpr, EDGE: tl.constexpr,
+    FITS: tl.constexpr, FORWARD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, GRAD: tl.constexpr,
     WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """loss = (1 - s) w_y (L - z_y) + s / n sum_j w_j (L - z_j) + z_loss L^2, and its gradient times grad.
@@ -125,6 +125,7 @@ def cross_entropy_kernel(
     x_row, shift = align(x_offset, VEC)
     x_col = x_strides[len(x_strides) - 1]
     tile = tl.arange(0, COLS)[None, :]
+    first = tl.arange(0, HELD)[None, :]
     read = kept[:, None]  # the logits of ignored tokens are not read
     stop = tl.max(tl.where(kept, n_cols + VEC - 1, 0))
 
@@ -144,7 +145,7 @@ def cross_entropy_kernel(
                 smooth = tl.load(state + 4 * plane, mask=in_rows, other=0.0)
                 base = tl.load(state + 5 * plane, mask=in_rows, other=0.0)
         if not FITS:
-            for start in range(COLS, stop, COLS):
+            for start in range(HELD, stop, COLS):
                 p = start + tile
                 inside = read & main_mask(p, shift, n_cols, n_cols, VEC)
                 x = load(x_ptr, x_row + p.to(tl.int64) * x_col, inside, True, float("-inf"), tl.float32, False)
@@ -159,11 +160,22 @@ def cross_entropy_kernel(
             m, l, smooth, base = take(
                 u_edge, e - shift, in_edge & read, weight_ptr, m, l, smooth, base, scale, WEIGHTED, SMOOTH
             )
-    inside = read & main_mask(tile, shift, n_cols, n_cols, VEC)
-    held = tl.load(x_ptr + x_row + tile.to(tl.int64) * x_col, mask=inside, other=float("-inf"))
-    u = cap(held.to(tl.float32), softcap, SOFTCAP)
+    in_first = read & main_mask(first, shift, n_cols, n_cols, VEC)
+    held = tl.load(x_ptr + x_row + first.to(tl.int64) * x_col, mask=in_first, other=float("-inf"))
+    u_first = cap(held.to(tl.float32), softcap, SOFTCAP)
     if FORWARD:
-        m, l, smooth, base = take(u, tile - shift, inside, weight_ptr, m, l, smooth, base, scale, WEIGHTED, SMOOTH)
+        if PACKED and not SMOOTH:
+            # as in online_softmax_step, but for the numbers, which are formed afresh for the sum
+            before = m
+            m = tl.maximum(m, tl.max(u_first, 1))
+            l *= tl.exp2((before - finite(m)) * scale)
+            held = afresh(held, PACKED)
+            u_first = cap(held.to(tl.float32), softcap, SOFTCAP)
+            l += tl.sum(tl.exp2((u_first - finite(m)[:, None]) * scale[:, None]), 1)
+        else:
+            m, l, smooth, base = take(
+                u_first, first - shift, in_first, weight_ptr, m, l, smooth, base, scale, WEIGHTED, SMOOTH
+            )
         if LAST:
             m, log_l = finite(m), tl.log2(l) * LN2
             loss = (1 - label_smoothing) * w_y * (log_l + (m - x_y) * inverse_t)
@@ -199,33 +211,20 @@ def cross_entropy_kernel(
         dx_col = dx_strides[len(dx_strides) - 1]
         if EDGE:
             in_edge = in_edge & in_rows[:, None]
-            d = gradient(
+            d_edge = gradient(
                 u_edge, e - shift, in_edge, weight_ptr, y, m, inverse_l, pull, extra, spread, scale, softcap,
                 WEIGHTED, SMOOTH, SOFTCAP,
             )  # fmt: skip
-            tl.store(dx_ptr + dx_row + e, d, mask=in_edge)
-        inside = in_rows[:, None] & main_mask(tile, shift, n_cols, n_cols, VEC)
-        u = cap(afresh(held, PACKED).to(tl.float32), softcap, SOFTCAP)
-        d = gradient(
-            u,
-            tile - shift,
-            inside,
-            weight_ptr,
-            y,
-            m,
-            inverse_l,
-            pull,
-            extra,
-            spread,
-            scale,
-            softcap,
-            WEIGHTED,
-            SMOOTH,
-            SOFTCAP,
-        )
-        tl.store(dx_ptr + dx_row + tile.to(tl.int64) * dx_col, d, mask=inside)
+            tl.store(dx_ptr + dx_row + e, d_edge, mask=in_edge)
+        in_first = in_rows[:, None] & main_mask(first, shift, n_cols, n_cols, VEC)
+        u_first = cap(afresh(held, PACKED).to(tl.float32), softcap, SOFTCAP)
+        d_first = gradient(
+            u_first, first - shift, in_first, weight_ptr, y, m, inverse_l, pull, extra, spread, scale, softcap,
+            WEIGHTED, SMOOTH, SOFTCAP,
+        )  # fmt: skip
+        tl.store(dx_ptr + dx_row + first.to(tl.int64) * dx_col, d_first, mask=in_first)
         if not FITS:
-            for start in range(COLS, n_cols + VEC - 1, COLS):
+            for start in range(HELD, n_cols + VEC - 1, COLS):
                 p = start + tile
                 inside = in_rows[:, None] & main_mask(p, shift, n_cols, n_cols, VEC)
                 x = load(x_ptr, x_row + p.to(tl.int64) * x_col, inside & read, True, float("-inf"), tl.float32, False)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lmops.ops._launch import Launch, prepared
 from lmops.ops._register import compiles_to_ptx, define_op, warp_size
 from lmops.ops._rows import NO_FUSION, Geometry, geometry, softmax_tile
 from lmops.ops._strides import row_layout
@@ -319,11 +320,12 @@ def _geometry(full: Sequence[Tensor], per_row: Sequence[Tensor], held: int, more
     return geometry(full, layout, tile)
 
 
-def _cross_entropy_launch(
-    x: Tensor, dx: Tensor | None, target: Tensor, weight: Tensor | None, weight_sum: Tensor | None,
-    grad: Tensor | None, state: Tensor, o: Options, chunk: Chunk,
-) -> None:  # fmt: skip
-    """Take the logits x (*rows, columns) into the state (planes, *rows), or write their gradient to dx, or both."""
+@prepared
+def _prepare_cross_entropy(
+    o: Options, chunk: Chunk, x: Tensor, dx: Tensor | None, target: Tensor, weight: Tensor | None,
+    weight_sum: Tensor | None, grad: Tensor | None, state: Tensor,
+) -> Launch:  # fmt: skip
+    """A launch whose leading arguments are the tensors, in this order."""
     from lmops.kernels.loss import cross_entropy_kernel
 
     full = [x] if dx is None else [x, dx]
@@ -331,16 +333,30 @@ def _cross_entropy_launch(
     # logits of 16 bits take half a register each while they are held
     roomy = x.element_size() == 2 and o.softcap == o.label_smoothing == 0
     walk = _geometry(full, per_row, held=1, more=0 if dx is None or roomy else 1)
+    held = walk.tile.cols
+    if roomy and chunk.forward and dx is not None and not walk.tile.fits and walk.vec > 1:
+        # more of a long row is held than is taken at a time, so that less of it is read twice
+        walk = geometry(full, walk.layout, replace(walk.tile, threads=1_024))
+        held = 32_768
     x_strides, *dx_strides = walk.layout.strides[: len(full)]
     state_strides, target_strides, *grad_strides = walk.layout.strides[len(full) :]
-    cross_entropy_kernel[walk.grid](
-        x, dx, target, weight, weight_sum, grad, state, walk.layout.outer_shape, walk.layout.n_rows, x.shape[-1],
+    return Launch(
+        cross_entropy_kernel, walk.grid, walk.layout.outer_shape, walk.layout.n_rows, x.shape[-1],
         state.stride(0), chunk.first, chunk.n_classes, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap,
         *_scales(o.temperature), x_strides, *(dx_strides or [(0,)]), target_strides, *(grad_strides or [(0,)]),
-        state_strides, **walk.flags, **NO_FUSION, FORWARD=chunk.forward, FIRST=chunk.first == 0, LAST=chunk.last,
-        GRAD=dx is not None, WEIGHTED=weight is not None, SMOOTH=o.label_smoothing > 0, SOFTCAP=o.softcap > 0,
-        PACKED=x.element_size() == 2 and walk.vec > 1 and compiles_to_ptx(),
+        state_strides, **walk.flags, **NO_FUSION, HELD=held, FORWARD=chunk.forward, FIRST=chunk.first == 0,
+        LAST=chunk.last, GRAD=dx is not None, WEIGHTED=weight is not None, SMOOTH=o.label_smoothing > 0,
+        SOFTCAP=o.softcap > 0, PACKED=x.element_size() == 2 and walk.vec > 1 and compiles_to_ptx(),
     )  # fmt: skip
+
+
+def _cross_entropy_launch(
+    x: Tensor, dx: Tensor | None, target: Tensor, weight: Tensor | None, weight_sum: Tensor | None,
+    grad: Tensor | None, state: Tensor, o: Options, chunk: Chunk,
+) -> None:  # fmt: skip
+    """Take the logits x (*rows, columns) into the state (planes, *rows), or write their gradient to dx, or both."""
+    tensors = x, dx, target, weight, weight_sum, grad, state
+    _prepare_cross_entropy(o, chunk, *tensors)(*tensors)
 
 
 def _scales(temperature: float) -> tuple[float, float]:
@@ -348,11 +364,12 @@ def _scales(temperature: float) -> tuple[float, float]:
     return min(math.log2(math.e) / temperature, 1e38), min(1 / temperature, 1e38)
 
 
-def _kl_div_launch(
-    x: Tensor, y: Tensor, dx: Tensor | None, mask: Tensor | None, grad: Tensor | None, state: Tensor, o: Divergence,
-    chunk: Chunk,
-) -> None:  # fmt: skip
-    """The same for the divergence, from logits x of the student and y of the teacher."""
+@prepared
+def _prepare_kl_div(
+    o: Divergence, chunk: Chunk, x: Tensor, y: Tensor, dx: Tensor | None, mask: Tensor | None, grad: Tensor | None,
+    state: Tensor,
+) -> Launch:  # fmt: skip
+    """The same for the divergence."""
     from lmops.kernels.loss import kl_div_kernel
 
     full = [x, y] if dx is None else [x, y, dx]
@@ -361,13 +378,22 @@ def _kl_div_launch(
     x_strides, y_strides, *dx_strides = walk.layout.strides[: len(full)]
     state_strides, *others = walk.layout.strides[len(full) :]
     strides = {id(t): s for t, s in zip(given, others, strict=True)}
-    kl_div_kernel[walk.grid](
-        x, y, dx, mask, grad, state, walk.layout.outer_shape, walk.layout.n_rows, x.shape[-1], state.stride(0),
+    return Launch(
+        kl_div_kernel, walk.grid, walk.layout.outer_shape, walk.layout.n_rows, x.shape[-1], state.stride(0),
         _scales(o.temperature)[0], o.temperature, x_strides, y_strides, *(dx_strides or [(0,)]),
         strides.get(id(mask), (0,)), strides.get(id(grad), (0,)), state_strides, **walk.flags, **NO_FUSION,
         FORWARD=chunk.forward, FIRST=chunk.first == 0, LAST=chunk.last, GRAD=dx is not None, MASKED=mask is not None,
         REVERSE=o.reverse,
     )  # fmt: skip
+
+
+def _kl_div_launch(
+    x: Tensor, y: Tensor, dx: Tensor | None, mask: Tensor | None, grad: Tensor | None, state: Tensor, o: Divergence,
+    chunk: Chunk,
+) -> None:  # fmt: skip
+    """The same for the divergence, from logits x of the student and y of the teacher."""
+    tensors = x, y, dx, mask, grad, state
+    _prepare_kl_div(o, chunk, *tensors)(*tensors)
 
 
 # --- operators over rows ---
@@ -1042,7 +1068,7 @@ def cross_entropy(
     _check_float("input", input)
     if input.ndim == 0 or input.shape[0 if input.ndim == 1 else 1] == 0:
         raise ValueError(f"input must be (C,) or (N, C, ...) with at least one class, got {tuple(input.shape)}")
-    x = input if input.ndim == 1 else input.movedim(1, -1)
+    x = input if input.ndim <= 2 else input.movedim(1, -1)
     _check_class_weight("weight", weight, x)
     options = _options(ignore_index, label_smoothing, z_loss, softcap, temperature)
     _check_reduction(reduction, REDUCTIONS)

@@ -709,15 +709,20 @@ def _matrix(name: str, x: Tensor) -> Tensor:
 
 def _parameters(values: dict[str, float | Tensor], batch: Tensor) -> tuple[list[Tensor | None], list[float]]:
     """Tensors a row, None for a number; and the numbers, which are checked here."""
-    per_row = [_per_row(name, value, batch, floating=name != "top_k") for name, value in values.items()]
+    per_row: list[Tensor | None] = []
     numbers = []
     for name, value in values.items():
+        if isinstance(value, Tensor):
+            per_row.append(_per_row(name, value, batch, floating=name != "top_k"))
+            numbers.append(0.0)
+            continue
         good, allowed = RANGES[name]
-        number = 0.0 if isinstance(value, Tensor) else float(value)
-        if not isinstance(value, Tensor) and not good(number):
+        number = float(value)
+        if not good(number):
             raise ValueError(f"{name} must be {allowed}, got {value}")
         if name == "top_k" and number != int(number):
             raise TypeError(f"top_k must be an integer, got {value}")
+        per_row.append(None)
         numbers.append(number)
     return per_row, numbers
 
