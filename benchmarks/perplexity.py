@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmops.cache import PagedKVCache
+from lmops.integrations.optimize import optimize
 from lmops.models import GPT, load
 from lmops.ops.paged_cache import Format
-from lmops.quantization import QuantLinear, quantize_model
+from lmops.quantization import QuantLinear, quantize_model, smooth_quantize
 
 WINDOW = 512  # tokens; each is predicted from those before it in its window
 TEXT = "556061ea97a4"  # of Python 3.11.7; another patch release has another text, and other perplexities
@@ -34,6 +35,8 @@ STORED = "as it is stored"
 # name, bits, group_size, method
 WAYS = (
     ("int8, a row", 8, -1, "rtn"),
+    ("w8a8", 8, -1, "w8a8"),
+    ("w8a8, SmoothQuant", 8, -1, "smoothquant"),
     ("int4, 128, rounded", 4, 128, "rtn"),
     ("int4, 128, GPTQ", 4, 128, "gptq"),
     ("int4, 128, AWQ", 4, 128, "awq"),
@@ -139,10 +142,15 @@ def main() -> None:
         if options.only not in name:
             continue
         quantized, start = copy.deepcopy(model), time.perf_counter()
-        quantize_model(
-            quantized, bits, group_size, method, calibration=calibration, symmetric=options.symmetric or bits == 8,
-            scale_dtype=torch.float16, progress=False,
-        )  # fmt: skip
+        if method == "w8a8":
+            optimize(quantized, attention=False, softmax=False, norm=False, loss=False, linear="w8a8")
+        elif method == "smoothquant":
+            smooth_quantize(quantized, calibration)
+        else:
+            quantize_model(
+                quantized, bits, group_size, method, calibration=calibration, symmetric=options.symmetric or bits == 8,
+                scale_dtype=torch.float16, progress=False,
+            )  # fmt: skip
         row(name, quantized, time.perf_counter() - start)
 
 
