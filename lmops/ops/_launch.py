@@ -56,13 +56,10 @@ def prepared(prepare: Callable[..., R]) -> Callable[..., R]:
     @wraps(prepare)
     def remembered(*arguments: Any) -> R:
         runtime, driver = _triton()
-        parts: list[Any] = [None if runtime.interpret else driver.active.get_current_device()]
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                parts += (argument.shape, argument.stride(), argument.dtype, argument.data_ptr() & 15)
-            else:
-                parts.append(argument)
-        key = tuple(parts)
+        key = (
+            None if runtime.interpret else driver.active.get_current_device(),
+            *[(a.shape, a.stride(), a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a for a in arguments],
+        )
         found = known.get(key)
         if found is None:
             if len(known) == MOST:

@@ -404,15 +404,14 @@ def _weight_sum(weight: Tensor | None, label_smoothing: float) -> Tensor | None:
 
 
 def _cross_entropy_forward(
-    run: Callable[..., None], x: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, dx: Tensor,
+    run: Callable[..., None], x: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, dx: Tensor | None,
     *options: Any,
 ) -> Tensor:  # fmt: skip
-    """The state; the gradient is written to dx where grad is given."""
+    """The state; the gradient is written to dx where it and grad are given."""
     state = _cross_entropy_forward_fake(x)
     o = Options(*options)
     if x.numel():
-        out = None if grad is None else dx
-        run(x, out, target, weight, _weight_sum(weight, o.label_smoothing), grad, state, o, Chunk(0, x.shape[-1]))
+        run(x, dx, target, weight, _weight_sum(weight, o.label_smoothing), grad, state, o, Chunk(0, x.shape[-1]))
     return state
 
 
@@ -431,13 +430,13 @@ def _cross_entropy_backward(
 
 
 def _kl_div_forward(
-    run: Callable[..., None], x: Tensor, y: Tensor, mask: Tensor | None, grad: Tensor | None, dx: Tensor,
+    run: Callable[..., None], x: Tensor, y: Tensor, mask: Tensor | None, grad: Tensor | None, dx: Tensor | None,
     *options: Any,
 ) -> Tensor:  # fmt: skip
-    """The state; the gradient is written to dx where grad is given."""
+    """The state; the gradient is written to dx where it and grad are given."""
     state = _kl_div_forward_fake(x)
     if x.numel():
-        run(x, y, None if grad is None else dx, mask, grad, state, Divergence(*options), Chunk(0, x.shape[-1]))
+        run(x, y, dx, mask, grad, state, Divergence(*options), Chunk(0, x.shape[-1]))
     return state
 
 
@@ -473,7 +472,7 @@ def _nothing(*_: Any) -> None:
 
 
 cross_entropy_forward = define_op(
-    "cross_entropy_forward(Tensor x, Tensor target, Tensor? weight, Tensor? grad, Tensor(a!) dx, " + OPTIONS + ")"
+    "cross_entropy_forward(Tensor x, Tensor target, Tensor? weight, Tensor? grad, Tensor(a!)? dx, " + OPTIONS + ")"
     " -> Tensor",
     triton=partial(_cross_entropy_forward, _cross_entropy_launch),
     torch_cpu=partial(_cross_entropy_forward, _cross_entropy_torch),
@@ -487,7 +486,7 @@ cross_entropy_backward = define_op(
     fake=_nothing,
 )  # fmt: skip
 kl_div_forward = define_op(
-    "kl_div_forward(Tensor x, Tensor y, Tensor? mask, Tensor? grad, Tensor(a!) dx, float temperature, bool reverse)"
+    "kl_div_forward(Tensor x, Tensor y, Tensor? mask, Tensor? grad, Tensor(a!)? dx, float temperature, bool reverse)"
     " -> Tensor",
     triton=partial(_kl_div_forward, _kl_div_launch),
     torch_cpu=partial(_kl_div_forward, _kl_div_torch),
@@ -584,7 +583,7 @@ class _CrossEntropy(torch.autograd.Function):
             state = cross_entropy_forward(x, target, weight, grad, dx, *options)
             ctx.save_for_backward(dx)
         else:
-            state = cross_entropy_forward(x, target, weight, None, x.new_empty(0), *options)
+            state = cross_entropy_forward(x, target, weight, None, None, *options)
             ctx.save_for_backward(x, target, weight, total, state)
         return _reduced(state, total, reduction)
 
@@ -611,7 +610,7 @@ class _KLDiv(torch.autograd.Function):
             state = kl_div_forward(x, y, mask, grad, dx, *options)
             ctx.save_for_backward(dx)
         else:
-            state = kl_div_forward(x, y, mask, None, x.new_empty(0), *options)
+            state = kl_div_forward(x, y, mask, None, None, *options)
             ctx.save_for_backward(x, y, mask, total, state)
         return _reduced(state, total, reduction)
 
@@ -1091,8 +1090,8 @@ def cross_entropy(
             _check_not_a_leaf("input", input)
         loss = _CrossEntropy.apply(x, target, weight, total, reduction, inplace, options)
     else:
-        loss = _reduced(cross_entropy_forward(x, target, weight, None, x.new_empty(0), *options), total, reduction)
-    return loss.to(dtype)
+        loss = _reduced(cross_entropy_forward(x, target, weight, None, None, *options), total, reduction)
+    return loss if loss.dtype == dtype else loss.to(dtype)
 
 
 def linear_cross_entropy(
@@ -1195,7 +1194,7 @@ def kl_div(
             _check_not_a_leaf("student_logits", x)
         loss = _KLDiv.apply(x, y, mask, total, reduction, inplace, options)
     else:
-        loss = _reduced(kl_div_forward(x, y, mask, None, x.new_empty(0), *options), total, reduction)
+        loss = _reduced(kl_div_forward(x, y, mask, None, None, *options), total, reduction)
     return loss.to(dtype)
 
 
@@ -1374,10 +1373,10 @@ def _result_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
 def _sum_of_weights(
     target: Tensor, weight: Tensor | None, n_classes: int, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
-    """What "mean" divides by, computed on the device."""
+    """What "mean" divides by, computed on the device; without weights an integer."""
     kept = target != ignore_index
     if weight is None:
-        return kept.sum().to(_compute(dtype))
+        return kept.count_nonzero()
     # a target out of range makes the sum of losses NaN, whatever it weighs
     return torch.where(kept, weight.to(_compute(dtype))[target.long().clamp(0, n_classes - 1)], 0).sum()
 

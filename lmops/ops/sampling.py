@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -202,17 +202,17 @@ def _columns(
 def _sample_cpu(
     logits: Tensor, per_row: Parameters, numbers: Sequence[float], seed: int, offset: int,
     token_counts: Tensor | None, logit_bias: Tensor | None, allowed_mask: Tensor | None, n_logprobs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     _check_values(per_row)
     outputs = _sample_fake(logits, per_row, numbers, seed, offset, token_counts, logit_bias, allowed_mask, n_logprobs)
-    tokens, valid, logprobs, top_tokens, top_logprobs = outputs
+    tokens, valid, of_logprobs = outputs
     n_rows, n_cols = logits.shape
     plain = all(t is None for t in (*per_row[:-2], token_counts, logit_bias, allowed_mask)) and not n_logprobs
     if plain and numbers[0] < GREEDY_BELOW and n_cols:  # greedy decoding: the largest logit, where all is well
         largest, found = logits.max(-1)
         finite = largest.isfinite()
         if finite.all():
-            return found, finite, logprobs, top_tokens, top_logprobs
+            return found, finite, of_logprobs
     columns = _columns(per_row[:-2], numbers, n_rows)
     columns += _columns(per_row[-2:], (seed, offset), n_rows, torch.int64)
     step = max(1, ROWS_AT_ONCE // n_cols)
@@ -234,6 +234,7 @@ def _sample_cpu(
             x = x.masked_fill(~ok[:, None], 0)
         tokens[rows] = _draw(x, temperature, top_k, top_p, min_p, seeds, offsets, stream=DRAW).masked_fill_(~ok, 0)
         if n_logprobs:
+            logprobs, top_tokens, top_logprobs = of_logprobs
             lse = part.to(torch.float32).logsumexp(-1, keepdim=True)
             logprobs[rows] = (part.gather(-1, tokens[rows, None]).to(torch.float32) - lse)[:, 0]
             top, top_tokens[rows] = part.topk(n_logprobs)
@@ -244,15 +245,14 @@ def _sample_cpu(
 def _sample_fake(
     logits: Tensor, per_row: Parameters, numbers: Sequence[float], seed: int, offset: int,
     token_counts: Tensor | None, logit_bias: Tensor | None, allowed_mask: Tensor | None, n_logprobs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     n_rows = logits.shape[0]
-    return (
-        logits.new_empty(n_rows, dtype=torch.int64),
-        logits.new_empty(n_rows, dtype=torch.bool),
-        logits.new_empty(n_rows if n_logprobs else 0, dtype=torch.float32),
-        logits.new_empty((n_rows, n_logprobs), dtype=torch.int64),
-        logits.new_empty((n_rows, n_logprobs), dtype=torch.float32),
-    )
+    tokens, valid = logits.new_empty(n_rows, dtype=torch.int64), logits.new_empty(n_rows, dtype=torch.bool)
+    if not n_logprobs:
+        return tokens, valid, []
+    top = (n_rows, n_logprobs)
+    logprobs = logits.new_empty(n_rows, dtype=torch.float32)
+    return tokens, valid, [logprobs, tokens.new_empty(top), logprobs.new_empty(top)]
 
 
 @prepared
@@ -290,22 +290,23 @@ def _row_stride(rows: Tensor) -> int:
 def _sample_triton(
     logits: Tensor, per_row: Parameters, numbers: Sequence[float], seed: int, offset: int,
     token_counts: Tensor | None, logit_bias: Tensor | None, allowed_mask: Tensor | None, n_logprobs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     outputs = _sample_fake(logits, per_row, numbers, seed, offset, token_counts, logit_bias, allowed_mask, n_logprobs)
-    tokens, valid, logprobs, top_tokens, top_logprobs = outputs
+    tokens, valid, of_logprobs = outputs
     n_rows = logits.shape[0]
     if n_rows == 0:
         return outputs
-    filters = numbers[1] > 0 or numbers[2] < 1 or numbers[3] > 0 or any(t is not None for t in per_row[1:4])
+    filters = numbers[1] > 0 or numbers[2] < 1 or numbers[3] > 0 or per_row[1:4] != [None] * 3
     allowed = None if allowed_mask is None else allowed_mask.view(torch.uint8)
     extras = logit_bias, allowed, token_counts
-    lse = torch.empty_like(logprobs)
-    *parameters, seeds, offsets = (
-        number if tensor is None else tensor for tensor, number in zip(per_row, [*numbers, seed, offset], strict=True)
-    )
+    # the logits take the place of what is not there, and are not looked at
+    logprobs = of_logprobs[0] if n_logprobs else logits
+    lse = torch.empty_like(logprobs) if n_logprobs else logits
+    *parameters, seeds, offsets = [
+        number if tensor is None else tensor for tensor, number in zip(per_row, (*numbers, seed, offset), strict=True)
+    ]
     wide = seed >> 31 not in (0, -1), offset >> 31 not in (0, -1)
     at_once, lists = _lists(logits) if filters else (n_rows, (lse, lse))
-    # the logits take the place of what is not there, and are not looked at
     leading = (
         logits, *(logits if t is None else t for t in extras), tokens, valid, logprobs, lse, *lists,
         tuple(parameters), seeds, offsets,
@@ -314,6 +315,7 @@ def _sample_triton(
         launch = _prepare_sample(min(at_once, n_rows - first), filters, n_logprobs > 0, wide, logits, *extras, *per_row)
         launch(*leading, first)
     if n_logprobs:
+        _, top_tokens, top_logprobs = of_logprobs
         top, ids = logits.topk(n_logprobs)
         top_tokens.copy_(ids)
         torch.sub(top.to(torch.float32), lse[:, None], out=top_logprobs)
@@ -509,7 +511,7 @@ def _check_values(per_row: Parameters) -> None:
 
 sample_op = define_op(
     "sample(Tensor logits, Tensor?[] per_row, float[] numbers, SymInt seed, SymInt offset, Tensor? token_counts,"
-    " Tensor? logit_bias, Tensor? allowed_mask, int n_logprobs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? logit_bias, Tensor? allowed_mask, int n_logprobs) -> (Tensor, Tensor, Tensor[])",
     triton=_sample_triton,
     torch_cpu=_sample_cpu,
     fake=_sample_fake,
@@ -587,19 +589,24 @@ def sample(
     batch = _matrix("logits", logits)
     n_cols = batch.shape[1]
     values = (temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
-    per_row, numbers = _parameters(dict(zip(PARAMETERS, values, strict=True)), batch)
-    for name, value in (("seed", seed), ("offset", offset)):
-        per_row.append(_per_row(name, value, batch, floating=False))
-    _fits(token_counts, "token_counts", batch, (torch.int32,), ("(B, V)",))
-    _fits(logit_bias, "logit_bias", batch, FLOATS, ("(V,)", "(B, V)"))
-    _fits(allowed_mask, "allowed_mask", batch, (torch.bool,), ("(V,)", "(B, V)"))
+    per_row, numbers = _parameters(zip(PARAMETERS, values, strict=True), batch)
+    per_row += _per_row("seed", seed, batch, floating=False), _per_row("offset", offset, batch, floating=False)
+    if token_counts is not None:
+        _fits(token_counts, "token_counts", batch, (torch.int32,), ("(B, V)",))
+    if logit_bias is not None:
+        _fits(logit_bias, "logit_bias", batch, FLOATS, ("(V,)", "(B, V)"))
+    if allowed_mask is not None:
+        _fits(allowed_mask, "allowed_mask", batch, (torch.bool,), ("(V,)", "(B, V)"))
     if not isinstance(return_logprobs, int) or not 0 <= return_logprobs <= n_cols:
         raise ValueError(f"return_logprobs must be from 0 to the {n_cols} columns, got {return_logprobs}")
     counts = None if token_counts is None else token_counts.view_as(batch)
-    seed, offset = (0 if isinstance(v, Tensor) else _int64(n, v) for n, v in (("seed", seed), ("offset", offset)))
-    found = sample_op(batch.detach(), per_row, numbers, seed, offset, counts, logit_bias, allowed_mask, return_logprobs)
-    tokens, valid, *logprobs = (t[0] if logits.ndim == 1 and t.shape[0] else t for t in found)
-    return Sample(tokens, valid, *(logprobs if return_logprobs else (None, None, None)))
+    seed, offset = _int64("seed", seed), _int64("offset", offset)
+    batch = batch.detach() if batch.requires_grad else batch
+    found = sample_op(batch, per_row, numbers, seed, offset, counts, logit_bias, allowed_mask, return_logprobs)
+    tokens, valid, logprobs = found
+    if logits.ndim == 1:
+        tokens, valid, logprobs = tokens[0], valid[0], [t[0] for t in logprobs]
+    return Sample(tokens, valid, *(logprobs or (None, None, None)))
 
 
 def filter_logits(
@@ -617,7 +624,7 @@ def filter_logits(
     throughout.
     """
     batch = _matrix("logits", logits)
-    values = dict(zip(PARAMETERS[:4], (temperature, top_k, top_p, min_p), strict=True))
+    values = zip(PARAMETERS[:4], (temperature, top_k, top_p, min_p), strict=True)
     return filter_op(batch.detach(), *_parameters(values, batch)).view_as(logits)
 
 
@@ -677,15 +684,15 @@ def verify_draft(
         _expect("draft_logits", draft_logits, batch, FLOATS, (*expected, n_cols))
     if draft_lens is not None:
         _expect("draft_lens", draft_lens, batch, INTS, (n_rows,))
-    values = dict(zip(PARAMETERS[:4], (temperature, top_k, top_p, min_p), strict=True))
+    values = zip(PARAMETERS[:4], (temperature, top_k, top_p, min_p), strict=True)
     per_row, numbers = _parameters(values, batch)
     target = target_logits.detach()
     if any(t is not None for t in per_row[1:]) or numbers[1:] != [0.0, 1.0, 0.0]:
         each = [None if t is None else t[:, None].expand(n_rows, n_positions).reshape(-1) for t in per_row]
         target = filter_op(flat.detach(), each, numbers).view_as(target_logits)
-    per_row = [per_row[0], *(_per_row(n, v, batch, floating=False) for n, v in (("seed", seed), ("offset", offset)))]
-    per_row.append(draft_lens)
-    seed, offset = (0 if isinstance(v, Tensor) else _int64(n, v) for n, v in (("seed", seed), ("offset", offset)))
+    seeds = _per_row("seed", seed, batch, floating=False), _per_row("offset", offset, batch, floating=False)
+    per_row = [per_row[0], *seeds, draft_lens]
+    seed, offset = _int64("seed", seed), _int64("offset", offset)
     draft = None if draft_logits is None else draft_logits.detach()
     return Verified(*verify_op(target, draft_tokens, draft, per_row, numbers[0], seed, offset))
 
@@ -707,11 +714,11 @@ def _matrix(name: str, x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x[None]
 
 
-def _parameters(values: dict[str, float | Tensor], batch: Tensor) -> tuple[list[Tensor | None], list[float]]:
+def _parameters(values: Iterable[tuple[str, float | Tensor]], batch: Tensor) -> tuple[list[Tensor | None], list[float]]:
     """Tensors a row, None for a number; and the numbers, which are checked here."""
     per_row: list[Tensor | None] = []
     numbers = []
-    for name, value in values.items():
+    for name, value in values:
         if isinstance(value, Tensor):
             per_row.append(_per_row(name, value, batch, floating=name != "top_k"))
             numbers.append(0.0)
@@ -741,8 +748,10 @@ def _per_row(name: str, value: float | Tensor, batch: Tensor, *, floating: bool)
     return value.reshape(-1).expand(n_rows)
 
 
-def _int64(name: str, value: int) -> int:
-    """A number of at most 64 bits, as int64 holds it."""
+def _int64(name: str, value: int | Tensor) -> int:
+    """A number of at most 64 bits, as int64 holds it; 0 for a tensor."""
+    if isinstance(value, Tensor):
+        return 0
     if not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an integer or a tensor of them, got {value}")
     if not -(1 << 63) <= value < 1 << 64:
@@ -750,11 +759,7 @@ def _int64(name: str, value: int) -> int:
     return value if value < 1 << 63 else value - (1 << 64)
 
 
-def _fits(
-    tensor: Tensor | None, name: str, batch: Tensor, dtypes: Sequence[torch.dtype], shapes: Sequence[str]
-) -> None:
-    if tensor is None:
-        return
+def _fits(tensor: Tensor, name: str, batch: Tensor, dtypes: Sequence[torch.dtype], shapes: Sequence[str]) -> None:
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
     if tensor.device != batch.device:
