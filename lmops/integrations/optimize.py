@@ -44,7 +44,7 @@ ATTENTION = ("attention_forward", "attention_backward")
 SOFTMAX = ("softmax_forward", "softmax_backward")
 NORM = ("norm", "norm_forward", "norm_backward")
 GATED = ("gated_forward", "gated_backward")
-LOSS = ("cross_entropy_forward", "cross_entropy_backward")
+LOSS = ("cross_entropy_state", "cross_entropy_forward", "cross_entropy_backward")
 
 
 class VerificationError(ValueError):

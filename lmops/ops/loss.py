@@ -407,12 +407,20 @@ def _cross_entropy_forward(
     run: Callable[..., None], x: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor | None, dx: Tensor | None,
     *options: Any,
 ) -> Tensor:  # fmt: skip
-    """The state; the gradient is written to dx where it and grad are given."""
+    """The state; the gradient is written to dx where grad is given."""
     state = _cross_entropy_forward_fake(x)
     o = Options(*options)
     if x.numel():
-        run(x, dx, target, weight, _weight_sum(weight, o.label_smoothing), grad, state, o, Chunk(0, x.shape[-1]))
+        out = None if grad is None else dx
+        run(x, out, target, weight, _weight_sum(weight, o.label_smoothing), grad, state, o, Chunk(0, x.shape[-1]))
     return state
+
+
+def _cross_entropy_state(
+    run: Callable[..., None], x: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+) -> Tensor:
+    """The state alone."""
+    return _cross_entropy_forward(run, x, target, weight, None, None, *options)
 
 
 def _cross_entropy_forward_fake(x: Tensor, *_: Any) -> Tensor:
@@ -433,10 +441,10 @@ def _kl_div_forward(
     run: Callable[..., None], x: Tensor, y: Tensor, mask: Tensor | None, grad: Tensor | None, dx: Tensor | None,
     *options: Any,
 ) -> Tensor:  # fmt: skip
-    """The state; the gradient is written to dx where it and grad are given."""
+    """The state; the gradient is written to dx where grad is given."""
     state = _kl_div_forward_fake(x)
     if x.numel():
-        run(x, y, dx, mask, grad, state, Divergence(*options), Chunk(0, x.shape[-1]))
+        run(x, y, None if grad is None else dx, mask, grad, state, Divergence(*options), Chunk(0, x.shape[-1]))
     return state
 
 
@@ -449,7 +457,16 @@ def _kl_div_backward(
     *options: Any,
 ) -> None:  # fmt: skip
     if x.numel():
-        run(x, y, dx, mask, grad, state, Divergence(*options), Chunk(0, x.shape[-1], forward=False))
+        run(
+            x,
+            y,
+            None if grad is None else dx,
+            mask,
+            grad,
+            state,
+            Divergence(*options),
+            Chunk(0, x.shape[-1], forward=False),
+        )
 
 
 def _scale_launch(x: Tensor, factor: Tensor) -> None:
@@ -471,8 +488,14 @@ def _nothing(*_: Any) -> None:
     """The shape function of an operator that returns nothing."""
 
 
+cross_entropy_state = define_op(
+    "cross_entropy_state(Tensor x, Tensor target, Tensor? weight, " + OPTIONS + ") -> Tensor",
+    triton=partial(_cross_entropy_state, _cross_entropy_launch),
+    torch_cpu=partial(_cross_entropy_state, _cross_entropy_torch),
+    fake=_cross_entropy_forward_fake,
+)
 cross_entropy_forward = define_op(
-    "cross_entropy_forward(Tensor x, Tensor target, Tensor? weight, Tensor? grad, Tensor(a!)? dx, " + OPTIONS + ")"
+    "cross_entropy_forward(Tensor x, Tensor target, Tensor? weight, Tensor? grad, Tensor(a!) dx, " + OPTIONS + ")"
     " -> Tensor",
     triton=partial(_cross_entropy_forward, _cross_entropy_launch),
     torch_cpu=partial(_cross_entropy_forward, _cross_entropy_torch),
@@ -486,7 +509,7 @@ cross_entropy_backward = define_op(
     fake=_nothing,
 )  # fmt: skip
 kl_div_forward = define_op(
-    "kl_div_forward(Tensor x, Tensor y, Tensor? mask, Tensor? grad, Tensor(a!)? dx, float temperature, bool reverse)"
+    "kl_div_forward(Tensor x, Tensor y, Tensor? mask, Tensor? grad, Tensor(a!) dx, float temperature, bool reverse)"
     " -> Tensor",
     triton=partial(_kl_div_forward, _kl_div_launch),
     torch_cpu=partial(_kl_div_forward, _kl_div_torch),
@@ -583,7 +606,7 @@ class _CrossEntropy(torch.autograd.Function):
             state = cross_entropy_forward(x, target, weight, grad, dx, *options)
             ctx.save_for_backward(dx)
         else:
-            state = cross_entropy_forward(x, target, weight, None, None, *options)
+            state = cross_entropy_state(x, target, weight, *options)
             ctx.save_for_backward(x, target, weight, total, state)
         return _reduced(state, total, reduction)
 
@@ -610,7 +633,7 @@ class _KLDiv(torch.autograd.Function):
             state = kl_div_forward(x, y, mask, grad, dx, *options)
             ctx.save_for_backward(dx)
         else:
-            state = kl_div_forward(x, y, mask, None, None, *options)
+            state = kl_div_forward(x, y, mask, None, x.new_empty(0), *options)
             ctx.save_for_backward(x, y, mask, total, state)
         return _reduced(state, total, reduction)
 
@@ -1084,13 +1107,13 @@ def cross_entropy(
         )  # fmt: skip
     _check_target(target, x.shape[:-1], input)
     total = _sum_of_weights(target, weight, x.shape[-1], ignore_index, x.dtype) if reduction == "mean" else None
-    if torch.is_grad_enabled() and input.requires_grad:
+    if input.requires_grad and torch.is_grad_enabled():
         inplace = inplace_backward and not torch.compiler.is_compiling()
         if inplace:
             _check_not_a_leaf("input", input)
         loss = _CrossEntropy.apply(x, target, weight, total, reduction, inplace, options)
     else:
-        loss = _reduced(cross_entropy_forward(x, target, weight, None, None, *options), total, reduction)
+        loss = _reduced(cross_entropy_state(x, target, weight, *options), total, reduction)
     return loss if loss.dtype == dtype else loss.to(dtype)
 
 
@@ -1194,7 +1217,7 @@ def kl_div(
             _check_not_a_leaf("student_logits", x)
         loss = _KLDiv.apply(x, y, mask, total, reduction, inplace, options)
     else:
-        loss = _reduced(kl_div_forward(x, y, mask, None, None, *options), total, reduction)
+        loss = _reduced(kl_div_forward(x, y, mask, None, x.new_empty(0), *options), total, reduction)
     return loss.to(dtype)
 
 
@@ -1264,10 +1287,10 @@ def _check_device(name: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device} like the logits, got {x.device}")
 
 
-def _check_target(target: Tensor, shape: Sequence[int], like: Tensor) -> None:
+def _check_target(target: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     if target.dtype not in TARGETS:
         raise TypeError(f"target must be of an integer type, got {target.dtype}")
-    if target.shape != torch.Size(shape):
+    if target.shape != shape:
         raise ValueError(f"target must be {tuple(shape)}, one class a token, got {tuple(target.shape)}")
     _check_device("target", target, like)
 
