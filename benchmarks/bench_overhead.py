@@ -25,10 +25,11 @@ from triton.runtime.jit import JITFunction
 import lmops
 from benchmarks.compile_report import TARGETS, CompileOnlyDriver
 from lmops.cache import PagedKVCache
+from lmops.flash_attn import flash_attn_func
 from lmops.ops.activation import swiglu
 from lmops.ops.norm import layer_norm, rms_norm
 from lmops.ops.paged_attention import paged_attention
-from lmops.ops.paged_cache import store_kv
+from lmops.ops.paged_cache import copy_blocks, store_kv
 from lmops.ops.rope import rope
 from lmops.quantization import QuantizedTensor
 from lmops.testing import implementation
@@ -38,6 +39,13 @@ Call = Callable[[], object]
 
 class NoLaunch(CompileOnlyDriver):
     """Takes kernels to their launch, and leaves that out."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(target)
+        self.device = super().get_current_device()
+
+    def get_current_device(self) -> str:
+        return self.device
 
     utils = SimpleNamespace(
         load_binary=lambda *_: (0, 0, 0, 0, 1024),
@@ -57,11 +65,13 @@ def operators() -> dict[str, Call]:
     k, v = torch.randn(2, 1, 8, 1024, 128, **half)
     tokens_q, tokens_k = torch.randn(1, 1, 32, 128, **half), torch.randn(1, 1, 8, 128, **half)
     cos, sin = torch.randn(2, 1, 64, **half)
+    q_in_order, k_in_order, v_in_order = (t.transpose(1, 2).contiguous() for t in (q, k, v))
     int4 = QuantizedTensor.quantize(torch.randn(4096, 4096, **half), bits=4, group_size=128)
     int8 = QuantizedTensor.quantize(torch.randn(4096, 4096, **half), bits=8, group_size=-1)
     logits, token = torch.randn(1, 32_000, **half), torch.tensor([5])
     cache = PagedKVCache(64, n_layers=1, n_kv_heads=8, head_dim=128)
     batch = cache.append([cache.new_sequence()], [1])
+    copies = torch.tensor([[0, 1]])
     pages, row = cache.layers[0], torch.randn(1, 8, 128, **half)
     query = torch.randn(1, 32, 128, **half)
     return {
@@ -70,14 +80,21 @@ def operators() -> dict[str, Call]:
         "layer_norm": lambda: layer_norm(x, weight, weight),
         "rope": lambda: rope(tokens_q, tokens_k, cos, sin, inplace=True),
         "swiglu": lambda: swiglu(x, x),
+        "log_softmax": lambda: lmops.log_softmax(x),
         "scaled_dot_product_attention": lambda: lmops.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         "paged_attention": lambda: paged_attention(query, pages, batch.block_table, batch.context_lens),
         "store_kv": lambda: store_kv(row, row, pages, batch.slot_mapping),
+        "flash_attn_func": lambda: flash_attn_func(q_in_order, k_in_order, v_in_order),
+        "copy_blocks": lambda: copy_blocks(pages, copies),
+        "quantized_embedding": lambda: lmops.quantized_embedding(token, int8),
         "quantized_matmul": lambda: lmops.quantized_matmul(x, int4),
         "int8_matmul": lambda: lmops.int8_matmul(x, int8),
         "sample": lambda: lmops.sample(logits, temperature=0.8, seed=1),
         "sample, top-p": lambda: lmops.sample(logits, temperature=0.8, top_p=0.9, seed=1),
+        "filter_logits": lambda: lmops.filter_logits(logits, temperature=0.8, top_p=0.9),
+        "verify_draft": lambda: lmops.verify_draft(logits.expand(1, 2, -1), token[None], seed=1),
         "cross_entropy": lambda: lmops.cross_entropy(logits, token),
+        "kl_div": lambda: lmops.kl_div(logits, logits),
     }
 
 

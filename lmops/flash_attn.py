@@ -343,14 +343,17 @@ def _check_layouts(**arguments: tuple[Tensor, str]) -> None:
     """Raise unless tensors have the dimensions that their layouts name: equal sizes by one name, digits as they are."""
     sizes: dict[str, int] = {}
     for name, (tensor, layout) in arguments.items():
-        dims = layout.split()
+        dims, known = layout.split(), sizes.copy()
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor ({', '.join(dims)}), got {type(tensor).__name__}")
-        expected = [int(dim) if dim.isdigit() else sizes.get(dim) for dim in dims]
-        if tensor.ndim != len(dims) or any(e not in (None, n) for e, n in zip(expected, tensor.shape, strict=True)):
-            known = [f"{dim}={sizes[dim]}" if dim in sizes else dim for dim in dims]
-            raise ValueError(f"{name} must be ({', '.join(known)}), got shape {tuple(tensor.shape)}")
-        sizes.update(zip(dims, tensor.shape, strict=True))
+        if tensor.ndim == len(dims):
+            for dim, n in zip(dims, tensor.shape, strict=True):
+                if sizes.setdefault(dim, int(dim) if dim.isdigit() else n) != n:
+                    break
+            else:
+                continue
+        named = [f"{dim}={known[dim]}" if dim in known and not dim.isdigit() else dim for dim in dims]
+        raise ValueError(f"{name} must be ({', '.join(named)}), got shape {tuple(tensor.shape)}")
 
 
 def _attention(

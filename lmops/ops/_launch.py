@@ -25,23 +25,24 @@ class Launch:
     Triton's `kernel[grid](...)`, those after it launch what that has compiled.
     """
 
-    __slots__ = ("_behind", "_compiled", "arguments", "grid", "kernel", "options")
+    __slots__ = ("_again", "_behind", "arguments", "grid", "kernel", "options")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         self.kernel, self.arguments, self.options = kernel, arguments, options
         self.grid = (*grid, 1, 1)[:3]
-        self._compiled: Any = None
+        self._again: Any = None  # launches what the first call compiled
         self._behind: tuple[Any, ...] = ()
 
     def __call__(self, *leading: Any) -> None:
-        if self._compiled is not None:
-            self._compiled[self.grid](*leading, *self._behind)
+        again = self._again
+        if again is not None:
+            again(*leading, *self._behind)
             return
         compiled = self.kernel[self.grid](*leading, *self.arguments, **self.options)
         if compiled is not None:  # which it is in Triton's interpreter
             names = self.kernel.arg_names[len(leading) + len(self.arguments) :]
             self._behind = (*self.arguments, *(self.options[name] for name in names))
-            self._compiled = compiled
+            self._again = compiled[self.grid]
 
 
 def prepared(prepare: Callable[..., R]) -> Callable[..., R]:

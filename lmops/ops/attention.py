@@ -493,14 +493,24 @@ def _suit_descriptors(target: str, *tensors: Tensor) -> bool:
     )
 
 
-def _descriptor(t: Tensor, rows: int) -> Any:
-    """What the TMA unit loads tiles of so many rows by; None for no rows."""
-    if not rows:
-        return None
+def _form(t: Tensor, rows: int) -> Any:
+    """What the TMA unit loads tiles of so many rows by, of tensors that lie as t does."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     strides = [t.stride(d) if t.shape[d] > 1 else max(16, t.shape[3]) for d in range(3)]
-    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, block_dim(t.shape[3])])
+    form = TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, block_dim(t.shape[3])])
+    form.base = None  # its memory is not kept
+    return form
+
+
+def _descriptor(form: Any, t: Tensor) -> Any:
+    """The form of a descriptor for t. Not made afresh: checking what has been checked takes longer than a launch."""
+    if form is None:
+        return None
+    descriptor = object.__new__(type(form))
+    descriptor.__dict__.update(form.__dict__)
+    descriptor.base = t
+    return descriptor
 
 
 MAX_GRID = 65_535  # blocks in the second and third dimension of a grid
@@ -518,8 +528,8 @@ def _launches(kernel: Any, grid: tuple[int, int, int], **arguments: Any) -> tupl
 @prepared
 def _prepare_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, for_backward: bool, precision: str, *options: Any
-) -> tuple[tuple[Launch, ...], int]:
-    """The launches, and the keys that a descriptor of k or v loads, 0 for none of these."""
+) -> tuple[tuple[Launch, ...], Any, Any]:
+    """The launches, and the forms of descriptors of k and v, or None."""
     from lmops.kernels.attention import attention_forward_kernel
 
     opts, target = Options(*options), target_name()
@@ -536,7 +546,8 @@ def _prepare_forward(
         PACK=pack, SINKS=opts.sinks is not None, BASE=for_backward, DESCRIPTOR=descriptors, **arguments,
         **_of_tile(tile, k, v),
     )  # fmt: skip
-    return launches, tile.block_n if descriptors else 0
+    k_form, v_form = (_form(t, tile.block_n) if descriptors else None for t in (k, v))
+    return launches, k_form, v_form
 
 
 def _forward_triton(
@@ -545,8 +556,9 @@ def _forward_triton(
     out, lse, base = _forward_fake(q, k, v, for_backward)
     if out.numel() == 0:
         return out, lse.fill_(NEG_INF), base.zero_()  # nothing is computed from base
-    launches, rows = _prepare_forward(q, k, v, out, for_backward, torch.get_float32_matmul_precision(), *options)
-    k_desc, v_desc = _descriptor(k, rows), _descriptor(v, rows)
+    precision = torch.get_float32_matmul_precision()
+    launches, k_form, v_form = _prepare_forward(q, k, v, out, for_backward, precision, *options)
+    k_desc, v_desc = _descriptor(k_form, k), _descriptor(v_form, v)
     for launch in launches:
         launch(q, k, v, k_desc, v_desc, out, lse, base if for_backward else None, *options[:6])
     return out, lse, base
@@ -554,10 +566,11 @@ def _forward_triton(
 
 @dataclass(frozen=True)
 class _Backward:
-    """The launches of a backward, and the keys that a descriptor of k or v loads in that for dq, 0 for none."""
+    """The launches of a backward, and the forms of descriptors of k and v in that for dq, or None."""
 
     dq: tuple[Launch, ...]
-    rows: int
+    k_form: Any
+    v_form: Any
     dkv: tuple[Launch, ...]
     bias: Launch | None
 
@@ -580,7 +593,7 @@ def _prepare_backward(
     group = arguments["GROUP"]
     tile = attention_tile("dq", dim, size, opts.max_q, target, tile_column("dq", opts, group, target))
     descriptors = _suit_descriptors(target, k, v)
-    rows = tile.block_n if descriptors else 0
+    k_form, v_form = (_form(t, tile.block_n) if descriptors else None for t in (k, v))
     to_dq = _launches(
         attention_backward_dq_kernel, (-(-opts.max_q // tile.block_m), n_heads, n_batch), o_strides=o.stride(),
         do_strides=do.stride(), dq_strides=dq.stride(), dlse_strides=(0, 0, 0) if dlse is None else dlse.stride(),
@@ -592,7 +605,7 @@ def _prepare_backward(
         dk_strides=dk.stride(), dv_strides=dv.stride(), **arguments, **_of_tile(tile, q, do),
     )  # fmt: skip
     if dbias is None or opts.bias is None:
-        return _Backward(to_dq, rows, to_dkv, None)
+        return _Backward(to_dq, k_form, v_form, to_dkv, None)
     tile = attention_tile("bias", dim, size, opts.max_q, target, tile_column("bias", opts, group, target))
     summed = tuple(
         b == 1 and n != 1
@@ -605,7 +618,7 @@ def _prepare_backward(
         do_strides=do.stride(), dbias_strides=_broadcast_strides(dbias), n_batch=n_batch, SUM=summed,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages, **own,
     )  # fmt: skip
-    return _Backward(to_dq, rows, to_dkv, to_bias)
+    return _Backward(to_dq, k_form, v_form, to_dkv, to_bias)
 
 
 def _backward_triton(
@@ -619,7 +632,7 @@ def _backward_triton(
     stats = base.new_empty(*base.shape[:3], 3 if q.dtype == torch.float32 else 2)
     precision = torch.get_float32_matmul_precision()
     plan = _prepare_backward(do, dlse, q, k, v, o, dq, dk, dv, dbias if bias_grad else None, precision, *options)
-    k_desc, v_desc = _descriptor(k, plan.rows), _descriptor(v, plan.rows)
+    k_desc, v_desc = _descriptor(plan.k_form, k), _descriptor(plan.v_form, v)
     for launch in plan.dq:
         launch(q, k, v, k_desc, v_desc, o, do, dq, base, dlse, stats, bias, slopes, cu_q, cu_k, seed)
     for launch in plan.dkv:

@@ -448,6 +448,11 @@ def _kl_div_forward(
     return state
 
 
+def _kl_div_state(run: Callable[..., None], x: Tensor, y: Tensor, mask: Tensor | None, *options: Any) -> Tensor:
+    """The state alone."""
+    return _kl_div_forward(run, x, y, mask, None, None, *options)
+
+
 def _kl_div_forward_fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty((5, *x.shape[:-1]), dtype=_compute(x.dtype))
 
@@ -508,6 +513,12 @@ cross_entropy_backward = define_op(
     torch_cpu=partial(_cross_entropy_backward, _cross_entropy_torch),
     fake=_nothing,
 )  # fmt: skip
+kl_div_state = define_op(
+    "kl_div_state(Tensor x, Tensor y, Tensor? mask, float temperature, bool reverse) -> Tensor",
+    triton=partial(_kl_div_state, _kl_div_launch),
+    torch_cpu=partial(_kl_div_state, _kl_div_torch),
+    fake=_kl_div_forward_fake,
+)
 kl_div_forward = define_op(
     "kl_div_forward(Tensor x, Tensor y, Tensor? mask, Tensor? grad, Tensor(a!) dx, float temperature, bool reverse)"
     " -> Tensor",
@@ -539,10 +550,11 @@ def _in_forward(x: Tensor, reduction: str) -> bool:
     return reduction != "none" and x.dtype != torch.float16
 
 
-def _reduced(state: Tensor, total: Tensor | None, reduction: str) -> Tensor:
+def _reduced(state: Tensor, total: Tensor | float | None, reduction: str) -> Tensor:
     if reduction == "none":
         return state[LOSS].clone()
-    return state[LOSS].sum() if total is None else state[LOSS].sum() / total
+    loss = state[LOSS].sum()
+    return loss if total is None or (isinstance(total, float) and total == 1) else loss / total
 
 
 def _row_gradient(dy: Tensor, total: Tensor | None, like: Tensor) -> Tensor:
@@ -633,7 +645,7 @@ class _KLDiv(torch.autograd.Function):
             state = kl_div_forward(x, y, mask, grad, dx, *options)
             ctx.save_for_backward(dx)
         else:
-            state = kl_div_forward(x, y, mask, None, x.new_empty(0), *options)
+            state = kl_div_state(x, y, mask, *options)
             ctx.save_for_backward(x, y, mask, total, state)
         return _reduced(state, total, reduction)
 
@@ -1208,17 +1220,17 @@ def kl_div(
     options = _divergence(temperature, reverse)
     _check_mask(mask, student_logits)
     dtype = _result_dtype(dtype, student_logits)
-    x, y = student_logits, teacher_logits.detach()
+    x, y = student_logits, teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
     total = _sum_of_rows(mask, reduction, x)
     reduction = "mean" if reduction == "batchmean" else reduction
-    if torch.is_grad_enabled() and x.requires_grad:
+    if x.requires_grad and torch.is_grad_enabled():
         inplace = inplace_backward and not torch.compiler.is_compiling()
         if inplace:
             _check_not_a_leaf("student_logits", x)
-        loss = _KLDiv.apply(x, y, mask, total, reduction, inplace, options)
+        loss = _KLDiv.apply(x, y, mask, _as_tensor(total, x), reduction, inplace, options)
     else:
-        loss = _reduced(kl_div_forward(x, y, mask, None, x.new_empty(0), *options), total, reduction)
-    return loss.to(dtype)
+        loss = _reduced(kl_div_state(x, y, mask, *options), total, reduction)
+    return loss if loss.dtype == dtype else loss.to(dtype)
 
 
 def linear_kl_div(
@@ -1258,7 +1270,7 @@ def linear_kl_div(
     _check_device("teacher_hidden", teacher_hidden, student_hidden)
     options = _divergence(temperature, reverse)
     _check_mask(mask, student_hidden)
-    total = _sum_of_rows(mask, reduction, student_hidden)
+    total = _as_tensor(_sum_of_rows(mask, reduction, student_hidden), student_hidden)
     reduction = "mean" if reduction == "batchmean" else reduction
     codes, student = _arguments(student_weight)
     teacher_codes, teacher = _arguments(teacher_weight)
@@ -1404,12 +1416,15 @@ def _sum_of_weights(
     return torch.where(kept, weight.to(_compute(dtype))[target.long().clamp(0, n_classes - 1)], 0).sum()
 
 
-def _sum_of_rows(mask: Tensor | None, reduction: str, x: Tensor) -> Tensor | None:
+def _as_tensor(total: Tensor | float | None, x: Tensor) -> Tensor | None:
+    return x.new_full((), total, dtype=_compute(x.dtype)) if isinstance(total, float) else total
+
+
+def _sum_of_rows(mask: Tensor | None, reduction: str, x: Tensor) -> Tensor | float | None:
     _check_reduction(reduction, KL_REDUCTIONS)
     if reduction in ("sum", "none"):
         return None
     if reduction == "mean" and mask is not None:
         return mask.sum().to(_compute(x.dtype))
     rows = x.shape[:-1]
-    count = math.prod(rows) if reduction == "mean" else rows[0] if rows else 1
-    return torch.full((), float(count), dtype=_compute(x.dtype), device=x.device)
+    return float(math.prod(rows) if reduction == "mean" else rows[0] if rows else 1)

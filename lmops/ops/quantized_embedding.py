@@ -10,6 +10,8 @@ from lmops.ops._register import define_op
 from lmops.ops.quantized_matmul import FLOATS, Quantized
 from lmops.reference.quantization import dequantize, unit_columns
 
+INTS = (torch.int32, torch.int64)
+
 
 def _fake(
     tokens: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None,
@@ -20,8 +22,8 @@ def _fake(
 
 @prepared
 def _prepare(
-    tokens: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None, format: str,
-    group_size: int, n_in: int, dtype: torch.dtype,
+    tokens: Tensor, packed: Tensor, scales: Tensor, shift: Tensor | None, kind: str, format: str, group_size: int,
+    n_in: int, dtype: torch.dtype,
 ) -> Launch:  # fmt: skip
     """A launch whose leading arguments are tokens, the table's tensors, and the rows."""
     from lmops.kernels.quantized_matmul import quantized_rows_kernel
@@ -30,7 +32,7 @@ def _prepare(
     return Launch(
         quantized_rows_kernel, (tokens.numel(), -(-packed.shape[0] // units)), packed.shape[1], n_in,
         UNITS=units, PARTS=unit_columns(format) // 32, GROUP=max(0, group_size), FORMAT=format,
-        SHIFT="zeros" if zeros is not None else "offsets" if offsets is not None else "", num_warps=4,
+        SHIFT=kind, num_warps=4,
     )  # fmt: skip
 
 
@@ -38,12 +40,14 @@ def _triton(
     tokens: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None,
     permutation: Tensor | None, format: str, group_size: int, n_in: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    y = _fake(tokens, packed, scales, zeros, offsets, permutation, format, group_size, n_in, dtype)
+    shape = (*tokens.shape, n_in)
+    y = scales.new_empty(shape) if dtype == scales.dtype else scales.new_empty(shape, dtype=dtype)
     if y.numel() == 0:
         return y
-    tokens = tokens.contiguous()
-    launch = _prepare(tokens, packed, scales, zeros, offsets, format, group_size, n_in, dtype)
-    launch(tokens, packed, scales, zeros if offsets is None else offsets, y)
+    tokens = tokens if tokens.is_contiguous() else tokens.contiguous()
+    shift = zeros if offsets is None else offsets
+    kind = "zeros" if zeros is not None else "offsets" if offsets is not None else ""
+    _prepare(tokens, packed, scales, shift, kind, format, group_size, n_in, dtype)(tokens, packed, scales, shift, y)
     return y if permutation is None else torch.empty_like(y).index_copy_(-1, permutation.long(), y)
 
 
@@ -81,13 +85,14 @@ def quantized_embedding(tokens: Tensor, w: Quantized, dtype: torch.dtype | None 
     """
     if not hasattr(w, "packed"):
         raise TypeError(f"w must be a lmops.quantization.QuantizedTensor, got {type(w).__name__}")
-    if tokens.dtype not in (torch.int32, torch.int64):
+    if tokens.dtype not in INTS:
         raise TypeError(f"tokens must be int32 or int64, got {tokens.dtype}")
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
-    if tokens.device != w.packed.device:
-        raise ValueError(f"w must be on {tokens.device} like tokens, got {w.packed.device}")
+    packed, scales = w.packed, w.scales
+    if tokens.device != packed.device:
+        raise ValueError(f"w must be on {tokens.device} like tokens, got {packed.device}")
     return quantized_embedding_forward(
-        tokens, w.packed, w.scales, w.zeros, w.offsets, w.permutation, w.format, w.group_size, w.shape[1],
-        dtype or w.scales.dtype,
+        tokens, packed, scales, w.zeros, w.offsets, w.permutation, w.format, w.group_size, w.shape[1],
+        dtype or scales.dtype,
     )  # fmt: skip

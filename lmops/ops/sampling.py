@@ -257,7 +257,7 @@ def _sample_fake(
 
 @prepared
 def _prepare_sample(
-    n_rows: int, filters: bool, logprobs: bool, wide_numbers: tuple[bool, bool], logits: Tensor, bias: Tensor | None,
+    n_rows: int, filters: bool, logprobs: bool, wide_numbers: tuple[bool, ...], logits: Tensor, bias: Tensor | None,
     allowed: Tensor | None, counts: Tensor | None, *per_row: Tensor | None,
 ) -> Launch:  # fmt: skip
     """A launch for n_rows of the rows, whose leading arguments are those of the kernel up to first_row.
@@ -305,7 +305,7 @@ def _sample_triton(
     *parameters, seeds, offsets = [
         number if tensor is None else tensor for tensor, number in zip(per_row, (*numbers, seed, offset), strict=True)
     ]
-    wide = seed >> 31 not in (0, -1), offset >> 31 not in (0, -1)
+    wide = _wide(seed, offset)
     at_once, lists = _lists(logits) if filters else (n_rows, (lse, lse))
     leading = (
         logits, *(logits if t is None else t for t in extras), tokens, valid, logprobs, lse, *lists,
@@ -459,36 +459,58 @@ def _verify_fake(
     )
 
 
+@prepared
+def _prepare_verify(
+    wide_numbers: tuple[bool, ...], target: Tensor, draft_tokens: Tensor, draft: Tensor | None,
+    *per_row: Tensor | None,
+) -> tuple[Launch, Launch]:  # fmt: skip
+    """What decides on the drafts, and what draws a token: their leading arguments are those before n_drafts.
+
+    wide_numbers: see `_prepare_sample`.
+    """
+    from lmops.kernels.sampling import accept_kernel, redraw_kernel
+
+    n_rows, n_drafts = draft_tokens.shape
+    tile = sampling_tile(target.shape[-1], filters=False, extras=True)
+    q = target if draft is None else draft
+    vec, shifted = _walk(target, q, filters=False)
+    arguments = (
+        n_drafts, target.shape[-1], target.stride(), q.stride(), draft_tokens.stride(),
+        tuple(None if t is None else t.stride(0) for t in per_row),
+    )  # fmt: skip
+    options = {"DRAFT": draft is not None, "BLOCK": tile.cols, **_options(tile)}
+    return (
+        Launch(accept_kernel, (n_rows * n_drafts,), *arguments, VEC=vec if shifted else 1, **options),
+        Launch(
+            redraw_kernel, (n_rows,), *arguments, LENS=per_row[3] is not None, POSITIONS=1 << n_drafts.bit_length(),
+            **options,
+        ),
+    )  # fmt: skip
+
+
 def _verify_triton(
     target: Tensor, draft_tokens: Tensor, draft: Tensor | None, per_row: Parameters, temperature: float, seed: int,
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from lmops.kernels.sampling import accept_kernel, redraw_kernel
-
     tokens, counts, valid = outputs = _verify_fake(target, draft_tokens, draft, per_row, temperature, seed, offset)
     n_rows, n_drafts = draft_tokens.shape
     if n_rows == 0:
         return outputs
+    accept, redraw = _prepare_verify(_wide(seed, offset), target, draft_tokens, draft, *per_row)
     accepted = target.new_empty((n_rows, n_drafts), dtype=torch.uint8)
     sums = target.new_empty((n_rows, n_drafts, 4), dtype=torch.float32)
-    tile = sampling_tile(target.shape[-1], filters=False, extras=True)
     values = [v if t is None else t for t, v in zip(per_row, (temperature, seed, offset), strict=False)]
-    q = target if draft is None else draft
-    vec, shifted = _walk(target, q, filters=False)
-    shapes = (n_drafts, target.shape[-1], target.stride(), q.stride(), draft_tokens.stride())
-    strides = tuple(None if t is None else t.stride(0) for t in per_row)
-    options = {"DRAFT": draft is not None, "BLOCK": tile.cols, **_options(tile)}
+    of_drafts = (target, target if draft is None else draft, draft_tokens, accepted, sums)
     if n_drafts:
-        accept_kernel[(n_rows * n_drafts,)](
-            target, q, draft_tokens, accepted, sums, *values, *shapes, strides, **options,
-            VEC=vec if shifted else 1,
-        )  # fmt: skip
-    redraw_kernel[(n_rows,)](
-        target, q, draft_tokens, accepted, sums, counts if per_row[3] is None else per_row[3],
-        tokens, counts, valid.view(torch.uint8), *values, *shapes, strides,
-        LENS=per_row[3] is not None, POSITIONS=1 << n_drafts.bit_length(), **options,
-    )  # fmt: skip
+        accept(*of_drafts, *values)
+    lens = counts if per_row[3] is None else per_row[3]
+    redraw(*of_drafts, lens, tokens, counts, valid.view(torch.uint8), *values)
     return outputs
+
+
+def _wide(*numbers: int) -> tuple[bool, ...]:
+    """Which do not fit 32 bits, by which Triton types them."""
+    return tuple([number >> 31 not in (0, -1) for number in numbers])
 
 
 # name -> (test of values, what is allowed)
