@@ -40,8 +40,7 @@ def _triton(
     tokens: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None,
     permutation: Tensor | None, format: str, group_size: int, n_in: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    shape = (*tokens.shape, n_in)
-    y = scales.new_empty(shape) if dtype == scales.dtype else scales.new_empty(shape, dtype=dtype)
+    y = scales.new_empty(*tokens.shape, n_in, dtype=dtype)
     if y.numel() == 0:
         return y
     tokens = tokens if tokens.is_contiguous() else tokens.contiguous()
