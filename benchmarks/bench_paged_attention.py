@@ -177,7 +177,9 @@ COMPILE = [
       for dim in (64, 128) for name, lengths in (("decode", (1,)), ("chunk", CHUNK))),
     *(Variant(f"paged-attention-fp32-{form}-{name}", decode(fp32, form, lengths=lengths))
       for form in ("int8", "fp8", "int4") for name, lengths in (("decode", (1,)), ("chunk", CHUNK))),
-    *(Variant(f"paged-attention-fp32-{form}-256-decode", decode(fp32, form, dim=256)) for form in ("int8", "fp8")),
+    *(Variant(f"paged-attention-fp32-{form}-{dim}-{name}", decode(fp32, form, dim=dim, lengths=lengths))
+      for form in ("native", "int8", "fp8", "int4") for dim in (256, 512)
+      for name, lengths in (("decode", (1,)), ("chunk", CHUNK))),
     Variant("paged-attention-bf16-page-256-decode", decode(bf16, block_size=256, width=32), "any"),
     Variant("paged-attention-bf16-page-256-chunk", decode(bf16, block_size=256, width=32, lengths=CHUNK), "any"),
     Variant("paged-attention-bf16-page-17-decode", decode(bf16, block_size=17), "any"),

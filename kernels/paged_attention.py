@@ -158,6 +158,17 @@ def load_scale(scale_ptr, block, slot, cols, strides, in_cols, FORMAT: tl.conste
 
 
 @triton.jit
+def dequantize(codes, scale, minimum, FORMAT: tl.constexpr):
+    """Numbers (N, D or E) of what `decode` and `load_scale` give."""
+    if FORMAT == "native":
+        return codes
+    elif FORMAT == "int4":
+        return codes * scale[:, None] + minimum[:, None]
+    else:
+        return codes * scale[:, None]
+
+
+@triton.jit
 def page_offset_of_scales(block, slot, cols, strides, ONE: tl.constexpr):
     offset = block * strides[0] + slot.to(tl.int64) * strides[1]
     return offset + cols * strides[1] if ONE else offset
@@ -239,7 +250,10 @@ def paged_attention_kernel(
     cols, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q_at = tokens[:, None] * q_strides[0] + heads[:, None] * q_strides[1] + dims[None, :] * q_strides[2]
     q = tl.load(q_ptr + q_at, mask=in_rows[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-    q_sum = tl.sum(q.to(tl.float32), 1)[:, None] if FORMAT == "int4" else 0.0
+    # codes become numbers before a product of float32; in 16 bits that would round, and scales come in behind it
+    BEHIND: tl.constexpr = FORMAT != "native" and q.dtype != tl.float32
+    MINIMA: tl.constexpr = BEHIND and FORMAT == "int4"
+    q_sum = tl.sum(q.to(tl.float32), 1)[:, None] if MINIMA else 0.0
 
     # in what pages hold: numbers, or bytes
     SHARE: tl.constexpr = 2 if FORMAT == "int4" else 1
@@ -275,30 +289,35 @@ def paged_attention_kernel(
             k = load_page(k_ptr + (page_offset(block, slot, k_strides, ONE) + k_offsets), in_cols, HEAD_DIM // SHARE,
                           BLOCK_D // SHARE, EDGE, k_cols)  # fmt: skip
             k_scale, k_min = load_scale(k_scale_ptr, block, slot, cols, k_scale_strides, in_cols, FORMAT, ONE, EDGE)
-            x = tl.dot(q, decode(k, q.dtype, FORMAT, PTX).T, input_precision=PRECISION)  # (M, N)
+            k = decode(k, q.dtype, FORMAT, PTX)
+            if not BEHIND:
+                k = dequantize(k, k_scale, k_min, FORMAT)
+            x = tl.dot(q, k.T, input_precision=PRECISION)  # (M, N)
             v = load_page(v_ptr + (page_offset(block, slot, v_strides, ONE) + v_offsets), in_cols, VALUE_DIM // SHARE,
                           BLOCK_E // SHARE, EDGE, v_cols)  # fmt: skip
             v_scale, v_min = load_scale(v_scale_ptr, block, slot, cols, v_scale_strides, in_cols, FORMAT, ONE, EDGE)
             v = decode(v, q.dtype, FORMAT, PTX)
-            if FORMAT != "native":
+            if not BEHIND:
+                v = dequantize(v, v_scale, v_min, FORMAT)
+            if BEHIND:
                 x *= k_scale[None, :]
-            if FORMAT == "int4":
+            if MINIMA:
                 x += q_sum * k_min[None, :]
             if EDGE:
-                if FORMAT == "native":
-                    v, spoiled = without_nonfinite(v)
-                else:
+                if BEHIND:
                     spoiled = v_scale * 0.0
                     v_scale = tl.where(spoiled == 0.0, v_scale, 0.0)
+                else:
+                    v, spoiled = without_nonfinite(v)
                 x += spoiled[None, :]
             x, _ = scores(x, queries[:, None], at[None, :], 0.0, slope, scale, softcap, low[:, None], high[:, None],
                           SCALED, SOFTCAP, ALIBI, "", EDGE and (LEFT or SUFFIX), EDGE)  # fmt: skip
             p, m, l, alpha = online_softmax_step(x, m, l, factor, True, EDGE)
-            if FORMAT == "int4":
+            if MINIMA:
                 # the selection keeps a product from being contracted with the sum across lanes, after which lanes that
                 # hold copies of a sum would differ
                 floor = floor * alpha + tl.sum(tl.where(p > 0, p * v_min[None, :], 0.0), 1)
-            if FORMAT != "native":
+            if BEHIND:
                 p *= v_scale[None, :]
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
@@ -312,7 +331,7 @@ def paged_attention_kernel(
     total = tl.where(empty, 1.0, l)
     lse = m + tl.log2(total)
     tl.store(lse_at, lse if PARTS else lse * LN2, mask=in_rows)
-    if FORMAT == "int4":
+    if MINIMA:
         acc += floor[:, None]
     o = acc * (1 / total)[:, None]
     o_at = tokens[:, None] * o_strides[0] + heads[:, None] * o_strides[1] + value_dims[None, :]

@@ -182,8 +182,9 @@ def test_float32_queries_of_half_precision_pages(path):
     check(replace(case, query=case.query.float()), path)
 
 
-def test_head_dim_512(path):
-    check(make(((70, 3),), heads=2, kv_heads=1, dim=512, dtype=HALF), path)
+@pytest.mark.parametrize(("dtype", "form"), [(HALF, "native"), (FP32, "int4")])
+def test_head_dim_512(path, dtype, form):
+    check(make(((70, 3),), heads=2, kv_heads=1, dim=512, dtype=dtype, form=form), path)
 
 
 def test_one_query_without_a_query_dimension(path):

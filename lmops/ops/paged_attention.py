@@ -166,7 +166,7 @@ def paged_tile(dim: int, element_size: int, rows: int, target: str, kind: str = 
     bucket = next(most for most in (64, 128, 256, 512) if dim <= most)
     size = "few" if rows <= 16 else "many"
     if element_size == 4:
-        tiles = WIDE_TILES
+        tiles = WIDE_TILES | (GFX_WIDE_TILES if target.startswith("gfx") else {})
     else:
         tiles = GFX_TILES if target.startswith("gfx") else TILES
         tiles = tiles | {"sm_90": WGMMA_TILES, "sm_100": TCGEN05_TILES}.get(target, {})
@@ -227,6 +227,7 @@ WIDE_TILES = {
     (512, "few"): (16, 16, 8, 1),
     (512, "many"): (16, 16, 8, 1),
 }
+GFX_WIDE_TILES = {(512, "few"): (16, 16, 4, 1), (512, "many"): (16, 16, 4, 1)}
 LEAST_KEYS = 256  # a part of the keys that is worth a program
 MOST_KEYS = 4_096  # a part that the longest sequence of a batch may keep a program busy with, while others have ended
 PART_BYTES = 64 << 20  # memory for the results of parts
