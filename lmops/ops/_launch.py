@@ -11,10 +11,12 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 R = TypeVar("R")
 MOST = 2_048  # of calls that are not alike, remembered an operator
+PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype))  # what is seen sooner than that it is no tensor
 
 
 class Launch:
@@ -59,7 +61,12 @@ def prepared(prepare: Callable[..., R]) -> Callable[..., R]:
         runtime, driver = _triton()
         key = (
             None if runtime.interpret else driver.active.get_current_device(),
-            *[(a.shape, a.stride(), a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a for a in arguments],
+            *[
+                a
+                if type(a) in PLAIN or not isinstance(a, Tensor)
+                else (a.shape, a.stride(), a.dtype, a.data_ptr() & 15)
+                for a in arguments
+            ],
         )
         found = known.get(key)
         if found is None:

@@ -67,7 +67,7 @@ def _empty_like_query(query: Tensor, dim: int) -> Tensor:
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, for_backward: bool, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Output, LSE and, for a backward, the LSE as that of the same implementation takes it: two numbers to add up."""
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     return _empty_like_query(q, v.shape[-1]), lse, lse.new_empty((*lse.shape, 2) if for_backward else 0)
 
 
@@ -734,8 +734,9 @@ def attention(
     The method is FlashAttention-2 (arXiv 2307.08691): memory is linear in Sq and Sk. No atomics: repeatable bitwise.
     Raises ValueError or TypeError for arguments that do not fit together.
     """
-    if query.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(query.device.type):
-        autocast = torch.get_autocast_dtype(query.device.type)
+    kind = query.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        autocast = torch.get_autocast_dtype(kind)
         query, key, value = (t.to(autocast) if t.is_floating_point() else t for t in (query, key, value))
     n_batch, n_heads = _check_tensors(query, key, value)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
@@ -772,7 +773,7 @@ def attention(
     inputs = (query, key, value, bias, sinks)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
         return attention_forward(query, key, value, False, *options)[:2]
-    if max(query.shape[3], value.shape[3]) > 256 and query.device.type != "cpu":
+    if max(query.shape[3], value.shape[3]) > 256 and kind != "cpu":
         raise NotImplementedError(
             f"head_dim must be at most 256 where gradients are computed, got {query.shape[3]} and {value.shape[3]};"
             " use torch.no_grad() for inference"
@@ -798,12 +799,15 @@ def _binding(left: int | None, right: int | None, shift: int, q_len: int, k_len:
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int]:
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.ndim != 4:
-            raise ValueError(f"{name} must be (batch, heads, length, head_dim), got shape {tuple(t.shape)}")
-        if t.dtype != query.dtype or t.device != query.device:
-            raise TypeError(f"{name} must be {query.dtype} on {query.device} like query, got {t.dtype} on {t.device}")
-    if query.dtype not in FLOATS and not (query.dtype == torch.float64 and query.device.type == "cpu"):
+    dtype, device = query.dtype, query.device
+    if not (query.ndim == key.ndim == value.ndim == 4 and key.dtype == value.dtype == dtype
+            and key.device == value.device == device):  # fmt: skip
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            if t.ndim != 4:
+                raise ValueError(f"{name} must be (batch, heads, length, head_dim), got shape {tuple(t.shape)}")
+            if t.dtype != dtype or t.device != device:
+                raise TypeError(f"{name} must be {dtype} on {device} like query, got {t.dtype} on {t.device}")
+    if dtype not in FLOATS and not (dtype == torch.float64 and device.type == "cpu"):
         raise TypeError(f"query must be float16, bfloat16 or float32 (on the CPU also float64), got {query.dtype}")
     (n_batch, n_heads, _, dim), (_, kv_heads, k_len, _) = query.shape, key.shape
     if key.shape != (n_batch, kv_heads, k_len, dim):
@@ -817,9 +821,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int]
         )
     if kv_heads == 0 or n_heads % kv_heads:
         raise ValueError(f"query's heads must be a multiple of key's: got {n_heads} and {kv_heads}")
-    for name, t in (("query", query), ("value", value)):
-        if not 1 <= t.shape[3] <= 512:
-            raise ValueError(f"{name}'s head_dim must be 1 to 512, got {t.shape[3]}")
+    for name, n in (("query", dim), ("value", value.shape[3])):
+        if not 1 <= n <= 512:
+            raise ValueError(f"{name}'s head_dim must be 1 to 512, got {n}")
     return n_batch, n_heads
 
 
@@ -843,16 +847,14 @@ def _check_packed(
             )
         if most is None or (cu.device.type == "cpu" and not torch.compiler.is_compiling()):
             ends = cu.tolist()
-            lengths = [b - a for a, b in pairwise(ends)]
-            if ends[0] != 0 or min(lengths) < 0 or ends[-1] != total:
+            longest_of = max(map(operator.sub, ends[1:], ends))
+            if ends[0] != 0 or ends[-1] != total or ends != sorted(ends):
                 raise ValueError(
                     f"cu_seqlens_{name} must start at 0, not decrease, and end at the {total} tokens given, got {ends}"
                 )
-            if most is not None and most < max(lengths):
-                raise ValueError(
-                    f"max_seqlen_{name} is {most}, the longest sequence of cu_seqlens_{name} {max(lengths)}"
-                )
-            most = max(lengths) if most is None else most
+            if most is not None and most < longest_of:
+                raise ValueError(f"max_seqlen_{name} is {most}, the longest sequence of cu_seqlens_{name} {longest_of}")
+            most = longest_of if most is None else most
         longest.append(int(most))
     assert cu_q is not None
     assert cu_k is not None

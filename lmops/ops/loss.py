@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +70,13 @@ class Chunk(NamedTuple):
 
 
 def _compute(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _statistics(x: Tensor, *shape: int) -> Tensor:
+    """Memory for numbers a row, in the type that is computed in. To name that takes the host half as long again."""
+    dtype = _compute(x.dtype)
+    return x.new_empty(shape) if x.dtype == dtype else x.new_empty(shape, dtype=dtype)
 
 
 def _finite(m: Tensor) -> Tensor:
@@ -424,7 +430,7 @@ def _cross_entropy_state(
 
 
 def _cross_entropy_forward_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((3, *x.shape[:-1]), dtype=_compute(x.dtype))
+    return _statistics(x, 3, *x.shape[:-1])
 
 
 def _cross_entropy_backward(
@@ -454,7 +460,7 @@ def _kl_div_state(run: Callable[..., None], x: Tensor, y: Tensor, mask: Tensor |
 
 
 def _kl_div_forward_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((5, *x.shape[:-1]), dtype=_compute(x.dtype))
+    return _statistics(x, 5, *x.shape[:-1])
 
 
 def _kl_div_backward(
@@ -554,7 +560,7 @@ def _reduced(state: Tensor, total: Tensor | float | None, reduction: str) -> Ten
     if reduction == "none":
         return state[LOSS].clone()
     loss = state[LOSS].sum()
-    return loss if total is None or (isinstance(total, float) and total == 1) else loss / total
+    return loss if total is None or (isinstance(total, float) and total == 1) else loss.div_(total)
 
 
 def _row_gradient(dy: Tensor, total: Tensor | None, like: Tensor) -> Tensor:
@@ -673,6 +679,7 @@ class Blocks:
     classes: int
 
 
+@lru_cache(256)
 def linear_blocks(
     n_tokens: int, n_classes: int, a_token: int, a_class: int, a_logit: int, budget: int = BUDGET
 ) -> Blocks:
@@ -733,7 +740,8 @@ class _Head:
 
     def __init__(self, hidden: Tensor, weight: Weight, bias: Tensor | None, blocks: Blocks) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.memory = hidden.new_empty(blocks.tokens, blocks.classes)
+        one = blocks.tokens == hidden.shape[0] and blocks.classes == weight.shape[0]
+        self.memory = None if one else hidden.new_empty(blocks.tokens, blocks.classes)
         self.chunk = None
         if _is_converted(weight, hidden.dtype):
             self.chunk = hidden.new_empty(blocks.classes, hidden.shape[1])
@@ -743,7 +751,7 @@ class _Head:
         weight, chunk = self.weight, self.chunk
         if chunk is None:
             assert isinstance(weight, Tensor)
-            return weight[classes]
+            return _part(weight, classes)
         chunk = chunk[: classes.stop - classes.start]
         if isinstance(weight, Tensor):
             return chunk.copy_(weight[classes])
@@ -757,11 +765,14 @@ class _Head:
 
     def logits(self, tokens: slice, classes: slice) -> tuple[Tensor, Tensor]:
         """A block of logits, and the rows of the weight that it comes from."""
-        h, rows = self.hidden[tokens], self.rows(classes)
+        h, rows = _part(self.hidden, tokens), self.rows(classes)
+        bias = None if self.bias is None else _part(self.bias, classes).to(h.dtype)
+        if self.memory is None:
+            return nn.functional.linear(h, rows, bias), rows
         logits = self.memory[: h.shape[0], : rows.shape[0]]
-        if self.bias is None:
+        if bias is None:
             return torch.mm(h, rows.t(), out=logits), rows
-        return torch.addmm(self.bias[classes].to(h.dtype), h, rows.t(), out=logits), rows
+        return torch.addmm(bias, h, rows.t(), out=logits), rows
 
 
 class _HeadGradient:
@@ -823,8 +834,23 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         out.addmm_(a, b)
 
 
-def _slices(n: int, step: int) -> list[slice]:
-    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+def _part(t: Tensor, part: slice, dim: int = 0) -> Tensor:
+    """A part of a dimension; t itself where that is all of it, since a view takes the host longer than to see that."""
+    n = part.stop - part.start
+    return t if n == t.shape[dim] else t.narrow(dim, part.start, n)
+
+
+@lru_cache(256)
+def _slices(n: int, step: int) -> tuple[slice, ...]:
+    return tuple(slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+@lru_cache(256)
+def _chunks(n_classes: int, step: int, forward: bool = True) -> tuple[tuple[slice, Chunk], ...]:
+    return tuple(
+        (part, Chunk(part.start, n_classes, forward, not forward or part.stop == n_classes))
+        for part in _slices(n_classes, step)
+    )
 
 
 def _head_blocks(heads: Sequence[tuple[Tensor, Weight]], wanted: Sequence[bool] = (False,) * 3) -> Blocks:
@@ -833,9 +859,12 @@ def _head_blocks(heads: Sequence[tuple[Tensor, Weight]], wanted: Sequence[bool] 
     width, size = hidden.shape[1], hidden.element_size()
     narrow = hidden.dtype != _compute(hidden.dtype)
     a_token = width * (4 + size) if wanted[0] and narrow else 0
-    a_class = sum(h.shape[1] * h.element_size() for h, w in heads if _is_converted(w, h.dtype))
-    a_class += width * size if wanted[1] and _is_converted(weight, hidden.dtype) else 0
-    a_logit = sum(h.element_size() for h, _ in heads)
+    a_class = width * size if wanted[1] and _is_converted(weight, hidden.dtype) else 0
+    a_logit = 0
+    for h, w in heads:
+        a_logit += h.element_size()
+        if _is_converted(w, h.dtype):
+            a_class += h.shape[1] * h.element_size()
     budget = CPU_BUDGET if hidden.device.type == "cpu" else BUDGET
     return linear_blocks(hidden.shape[0], weight.shape[0], a_token, a_class, a_logit, budget)
 
@@ -848,20 +877,23 @@ def _linear_cross_entropy_forward(
     o = Options(ignore_index, label_smoothing, z_loss, softcap, temperature)
     weight = _weight(first, hidden.shape[1], *quantized)
     n_classes = weight.shape[0]
-    state = hidden.new_empty((6, hidden.shape[0]), dtype=_compute(hidden.dtype))
-    if hidden.shape[0]:
-        blocks = _head_blocks([(hidden, weight)])
-        head, weight_sum = _Head(hidden, weight, bias, blocks), _weight_sum(class_weight, o.label_smoothing)
-        for tokens in _slices(hidden.shape[0], blocks.tokens):
-            for classes in _slices(n_classes, blocks.classes):
-                chunk = Chunk(classes.start, n_classes, last=classes.stop == n_classes)
-                x, _ = head.logits(tokens, classes)
-                run(x, None, target[tokens], class_weight, weight_sum, None, state[:, tokens], o, chunk)
-    return state[:3].clone()
+    if not hidden.shape[0]:
+        return _linear_cross_entropy_forward_fake(hidden)
+    blocks = _head_blocks([(hidden, weight)])
+    # three planes more go from one chunk of classes to the next
+    planes = 3 if blocks.classes == n_classes else 6
+    state = _statistics(hidden, planes, hidden.shape[0])
+    head, weight_sum = _Head(hidden, weight, bias, blocks), _weight_sum(class_weight, o.label_smoothing)
+    for tokens in _slices(hidden.shape[0], blocks.tokens):
+        targets, states = _part(target, tokens), _part(state, tokens, 1)
+        for classes, chunk in _chunks(n_classes, blocks.classes):
+            x, _ = head.logits(tokens, classes)
+            run(x, None, targets, class_weight, weight_sum, None, states, o, chunk)
+    return state if planes == 3 else state[:3].clone()
 
 
 def _linear_cross_entropy_forward_fake(hidden: Tensor, *_: Any) -> Tensor:
-    return hidden.new_empty((3, hidden.shape[0]), dtype=_compute(hidden.dtype))
+    return _statistics(hidden, 3, hidden.shape[0])
 
 
 def _linear_cross_entropy_backward(
@@ -878,9 +910,10 @@ def _linear_cross_entropy_backward(
     head, weight_sum = _Head(hidden, weight, bias, blocks), _weight_sum(class_weight, o.label_smoothing)
     gradient = _HeadGradient(head, blocks.tokens, wanted)
     for tokens in _slices(hidden.shape[0], blocks.tokens):
-        for classes in _slices(n_classes, blocks.classes):
-            (x, rows), chunk = head.logits(tokens, classes), Chunk(classes.start, n_classes, forward=False)
-            run(x, x, target[tokens], class_weight, weight_sum, grad[tokens], state[:, tokens], o, chunk)
+        targets, grads, states = _part(target, tokens), _part(grad, tokens), _part(state, tokens, 1)
+        for classes, chunk in _chunks(n_classes, blocks.classes, forward=False):
+            x, rows = head.logits(tokens, classes)
+            run(x, x, targets, class_weight, weight_sum, grads, states, o, chunk)
             gradient.add(tokens, classes, x, rows)
     return gradient.result()
 
@@ -958,16 +991,15 @@ def _linear_kl_div_forward(
         head = _Head(hidden, student_head, bias, blocks)
         teacher = _Head(teacher_hidden, teacher_head, teacher_bias, blocks)
         for tokens in _slices(hidden.shape[0], blocks.tokens):
-            some = None if mask is None else mask[tokens]
-            for classes in _slices(n_classes, blocks.classes):
-                chunk = Chunk(classes.start, n_classes, last=classes.stop == n_classes)
+            some, states = None if mask is None else _part(mask, tokens), _part(state, tokens, 1)
+            for classes, chunk in _chunks(n_classes, blocks.classes):
                 (x, _), (y, _) = head.logits(tokens, classes), teacher.logits(tokens, classes)
-                run(x, y, None, some, None, state[:, tokens], o, chunk)
+                run(x, y, None, some, None, states, o, chunk)
     return state
 
 
 def _linear_kl_div_forward_fake(hidden: Tensor, *_: Any) -> Tensor:
-    return hidden.new_empty((5, hidden.shape[0]), dtype=_compute(hidden.dtype))
+    return _statistics(hidden, 5, hidden.shape[0])
 
 
 def _linear_kl_div_backward(
@@ -987,10 +1019,14 @@ def _linear_kl_div_backward(
     teacher = _Head(teacher_hidden, teacher_head, teacher_bias, blocks)
     gradient = _HeadGradient(head, blocks.tokens, wanted)
     for tokens in _slices(hidden.shape[0], blocks.tokens):
-        some = None if mask is None else mask[tokens]
-        for classes in _slices(n_classes, blocks.classes):
+        some, grads, states = (
+            None if mask is None else _part(mask, tokens),
+            _part(grad, tokens),
+            _part(state, tokens, 1),
+        )
+        for classes, chunk in _chunks(n_classes, blocks.classes, forward=False):
             (x, rows), (y, _) = head.logits(tokens, classes), teacher.logits(tokens, classes)
-            run(x, y, x, some, grad[tokens], state[:, tokens], o, Chunk(classes.start, n_classes, forward=False))
+            run(x, y, x, some, grads, states, o, chunk)
             gradient.add(tokens, classes, x, rows)
     return gradient.result()
 
@@ -1169,11 +1205,14 @@ def linear_cross_entropy(
     if reduction == "mean":
         total = _sum_of_weights(target, class_weight, weight.shape[0], ignore_index, hidden.dtype)
     codes, quantized = _arguments(weight)
-    inputs = rows, codes, bias, target.reshape(-1), class_weight
+    inputs = rows, codes, bias, target if target.ndim == 1 else target.reshape(-1), class_weight
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, codes, bias)):
         loss = _LinearCrossEntropy.apply(*inputs, total, reduction, options, *quantized)
     else:
-        loss = _reduced(linear_cross_entropy_forward(*inputs, *options, *quantized), total, reduction)
+        # what is a default is left out: each argument costs the host time
+        dense = quantized[0] is None
+        state = linear_cross_entropy_forward(*inputs, *options, *(() if dense else quantized))
+        loss = _reduced(state, total, reduction)
     loss = loss.view(target.shape) if reduction == "none" else loss
     return loss if dtype is None else loss.to(_result_dtype(dtype, hidden))
 
@@ -1220,7 +1259,7 @@ def kl_div(
     options = _divergence(temperature, reverse)
     _check_mask(mask, student_logits)
     dtype = _result_dtype(dtype, student_logits)
-    x, y = student_logits, teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
+    x, y = student_logits, _constant(teacher_logits)
     total = _sum_of_rows(mask, reduction, x)
     reduction = "mean" if reduction == "batchmean" else reduction
     if x.requires_grad and torch.is_grad_enabled():
@@ -1260,9 +1299,11 @@ def linear_kl_div(
     teacher_hidden, teacher_rows = _check_head(
         "teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight, "teacher_bias", teacher_bias
     )
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
-        shape = tuple(student_hidden.shape[:-1])
-        raise ValueError(f"teacher_hidden must be {shape} x d as student_hidden, got {tuple(teacher_hidden.shape)}")
+    shape = student_hidden.shape[:-1]
+    if shape != teacher_hidden.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden must be {tuple(shape)} x d as student_hidden, got {tuple(teacher_hidden.shape)}"
+        )
     if student_weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
             f"teacher_weight must have {student_weight.shape[0]} rows as student_weight, got {teacher_weight.shape[0]}"
@@ -1270,19 +1311,21 @@ def linear_kl_div(
     _check_device("teacher_hidden", teacher_hidden, student_hidden)
     options = _divergence(temperature, reverse)
     _check_mask(mask, student_hidden)
-    total = _as_tensor(_sum_of_rows(mask, reduction, student_hidden), student_hidden)
+    total = _sum_of_rows(mask, reduction, student_hidden)
     reduction = "mean" if reduction == "batchmean" else reduction
     codes, student = _arguments(student_weight)
     teacher_codes, teacher = _arguments(teacher_weight)
     inputs = (
-        rows, codes, student_bias, teacher_rows.detach(), teacher_codes.detach(),
-        None if teacher_bias is None else teacher_bias.detach(), None if mask is None else mask.reshape(-1),
+        rows, codes, student_bias, *map(_constant, (teacher_rows, teacher_codes, teacher_bias)),
+        mask if mask is None or mask.ndim == 1 else mask.reshape(-1),
     )  # fmt: skip
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:3]):
-        loss = _LinearKLDiv.apply(*inputs, total, reduction, options, *student, *teacher)
+        loss = _LinearKLDiv.apply(*inputs, _as_tensor(total, student_hidden), reduction, options, *student, *teacher)
     else:
-        loss = _reduced(linear_kl_div_forward(*inputs, *options, *student, *teacher), total, reduction)
-    loss = loss.view(student_hidden.shape[:-1]) if reduction == "none" else loss
+        dense = student[0] is None and teacher[0] is None
+        state = linear_kl_div_forward(*inputs, *options, *(() if dense else (*student, *teacher)))
+        loss = _reduced(state, total, reduction)
+    loss = loss.view(shape) if reduction == "none" else loss
     return loss if dtype is None else loss.to(_result_dtype(dtype, student_hidden))
 
 
@@ -1348,7 +1391,11 @@ def _check_head(
     kind = hidden.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
-    return hidden, hidden.reshape(-1, hidden.shape[-1])
+    return hidden, hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])
+
+
+def _constant(t: Tensor | None) -> Any:
+    return t.detach() if t is not None and t.requires_grad else t
 
 
 def _check_mask(mask: Tensor | None, x: Tensor) -> None:

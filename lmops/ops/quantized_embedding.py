@@ -15,15 +15,16 @@ INTS = (torch.int32, torch.int64)
 
 def _fake(
     tokens: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None,
-    permutation: Tensor | None, format: str, group_size: int, n_in: int, dtype: torch.dtype,
+    permutation: Tensor | None, format: str, group_size: int, n_in: int, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    return scales.new_empty(*tokens.shape, n_in, dtype=dtype)
+    shape = (*tokens.shape, n_in)
+    return scales.new_empty(shape) if dtype is None else scales.new_empty(shape, dtype=dtype)
 
 
 @prepared
 def _prepare(
     tokens: Tensor, packed: Tensor, scales: Tensor, shift: Tensor | None, kind: str, format: str, group_size: int,
-    n_in: int, dtype: torch.dtype,
+    n_in: int, dtype: torch.dtype | None,
 ) -> Launch:  # fmt: skip
     """A launch whose leading arguments are tokens, the table's tensors, and the rows."""
     from lmops.kernels.quantized_matmul import quantized_rows_kernel
@@ -38,9 +39,9 @@ def _prepare(
 
 def _triton(
     tokens: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None,
-    permutation: Tensor | None, format: str, group_size: int, n_in: int, dtype: torch.dtype,
+    permutation: Tensor | None, format: str, group_size: int, n_in: int, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    y = scales.new_empty(*tokens.shape, n_in, dtype=dtype)
+    y = _fake(tokens, packed, scales, zeros, offsets, permutation, format, group_size, n_in, dtype)
     if y.numel() == 0:
         return y
     tokens = tokens if tokens.is_contiguous() else tokens.contiguous()
@@ -52,7 +53,7 @@ def _triton(
 
 def _cpu(
     tokens: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None,
-    permutation: Tensor | None, format: str, group_size: int, n_in: int, dtype: torch.dtype,
+    permutation: Tensor | None, format: str, group_size: int, n_in: int, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     flat, n_out = tokens.reshape(-1), packed.shape[1]
     if flat.numel() and not 0 <= flat.min() <= flat.max() < n_out:
@@ -60,13 +61,13 @@ def _cpu(
     some = [None if t is None else t.index_select(1, flat) for t in (packed, scales, zeros, offsets)]
     assert some[0] is not None
     assert some[1] is not None
-    w = dequantize(some[0], some[1], some[2], some[3], permutation, format, group_size, n_in, dtype)
+    w = dequantize(some[0], some[1], some[2], some[3], permutation, format, group_size, n_in, dtype or scales.dtype)
     return w.view(*tokens.shape, n_in)
 
 
 quantized_embedding_forward = define_op(
     "quantized_embedding_forward(Tensor tokens, Tensor packed, Tensor scales, Tensor? zeros, Tensor? offsets,"
-    " Tensor? permutation, str format, int group_size, int n_in, ScalarType dtype) -> Tensor",
+    " Tensor? permutation, str format, int group_size, int n_in, ScalarType? dtype=None) -> Tensor",
     triton=_triton,
     torch_cpu=_cpu,
     fake=_fake,
@@ -91,7 +92,8 @@ def quantized_embedding(tokens: Tensor, w: Quantized, dtype: torch.dtype | None 
     packed, scales = w.packed, w.scales
     if tokens.device != packed.device:
         raise ValueError(f"w must be on {tokens.device} like tokens, got {packed.device}")
-    return quantized_embedding_forward(
-        tokens, packed, scales, w.zeros, w.offsets, w.permutation, w.format, w.group_size, w.shape[1],
-        dtype or scales.dtype,
-    )  # fmt: skip
+    arguments = tokens, packed, scales, w.zeros, w.offsets, w.permutation, w.format, w.group_size, w.shape[1]
+    # to name a type takes the host a tenth of the call
+    if dtype is None or dtype == scales.dtype:
+        return quantized_embedding_forward(*arguments)
+    return quantized_embedding_forward(*arguments, dtype)
