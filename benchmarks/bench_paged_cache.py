@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Benchmark, Call, Variant
-from lmops.ops.paged_cache import Format, KVPages, copy_blocks, store_kv
+from lmops.ops.paged_cache import Format, KVPages, append_slots, copy_blocks, store_kv
 from lmops.reference.paged_cache import rotate
 
 HEADS, DIM, BLOCK = 8, 128, 16
@@ -105,6 +105,13 @@ def copies(dtype: torch.dtype, format: Format = "native", dim: int = DIM) -> Cal
 
 
 half, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
+
+
+def appends() -> None:
+    lengths, table = torch.empty(64, dtype=torch.int32), torch.empty(64, 512, dtype=torch.int32)
+    append_slots(lengths, table, 1, 1, BLOCK)
+
+
 COMPILE = [
     Variant("paged-cache-store-bf16", stores(bf16), wide=0.8),
     Variant("paged-cache-store-fp32", stores(fp32), wide=0.8),
@@ -121,4 +128,5 @@ COMPILE = [
     Variant("paged-cache-copy-bf16", copies(bf16), wide=0.9),
     Variant("paged-cache-copy-int8", copies(half, "int8"), wide=0.8),
     Variant("paged-cache-copy-int4-80", copies(half, "int4", dim=80)),
+    Variant("paged-cache-append", appends),
 ]

@@ -205,6 +205,34 @@ def store_kv_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["n_seqs", "n_new", "n_queries", "width"])
+def append_slots_kernel(
+    lengths_ptr, table_ptr, slots_ptr, positions_ptr, places_ptr, after_ptr, n_seqs, n_new, n_queries, width,
+    block_size, lengths_stride, table_strides, MOVING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Position lengths[s] + j of new token j of sequence s, and its slot by the table, -1 where that has no block.
+
+    lengths: (n_seqs,) int32; table: (n_seqs, width) int32, any strides. slots, positions: (n_seqs, n_new) int64.
+    places: (n_seqs, n_queries) int64, lengths[s] + i with MOVING, else lengths[s]; after: (n_seqs,) int32, n_new more.
+    """
+    a_seq = tl.maximum(tl.maximum(n_new, n_queries), 1)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    seq, j = i // a_seq, i % a_seq
+    inside = seq < n_seqs
+    length = tl.load(lengths_ptr + seq * lengths_stride, mask=inside, other=0)
+    position = length.to(tl.int64) + j
+    new = inside & (j < n_new)
+    entry = position // block_size
+    there = new & (position >= 0) & (entry < width)
+    block = tl.load(table_ptr + seq * table_strides[0] + entry * table_strides[1], mask=there, other=-1).to(tl.int64)
+    slot = tl.where(block >= 0, block * block_size + position % block_size, -1)
+    tl.store(slots_ptr + seq * n_new + j, slot, mask=new)
+    tl.store(positions_ptr + seq * n_new + j, position, mask=new)
+    place = position if MOVING else position - j
+    tl.store(places_ptr + seq * n_queries + j, place, mask=inside & (j < n_queries))
+    tl.store(after_ptr + seq, length + n_new, mask=inside & (j == 0))
+
+
 @triton.jit
 def copy_page(ptr, src, dst, head, n_tokens, strides, N: tl.constexpr, SLOTS: tl.constexpr, VEC: tl.constexpr):
     """The first n_tokens slots of a head of block src to block dst; N columns."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lmops.ops.attention import attention, check_window
 from lmops.ops.paged_attention import paged_attention_of_tokens
-from lmops.ops.paged_cache import KVPages, store_kv
+from lmops.ops.paged_cache import KVPages, append_slots, store_kv
 from lmops.ops.rope import rope
 
 # layouts: dimensions by their names, or sizes
@@ -333,18 +333,16 @@ def flash_attn_with_kvcache(
     window = check_window(window_size, "window_size")
     if k is not None and v is not None:
         _check_layouts(q=(q, Q), k=(k, NEW_K), v=(v, NEW_V))
-        first = cache_seqlens.long()[:, None]
-        positions = first + torch.arange(k.shape[1], device=q.device)
-        slots = _slots(table, positions, size)
+        moving = causal or window != (None, None)
+        slots, positions, places, cache_seqlens = append_slots(
+            cache_seqlens, table, k.shape[1], seqlen_q, size, moving=moving
+        )
         if rotary_cos is not None and rotary_sin is not None:
-            moving = causal or window != (None, None)
-            places = first + torch.arange(seqlen_q, device=q.device) * int(moving)  # (batch, seqlen_q)
             q, _ = rope(q, None, rotary_cos, rotary_sin, positions=places, interleaved=rotary_interleaved)
         store_kv(
-            k.flatten(0, 1), v.flatten(0, 1), pages, slots.flatten(), cos=rotary_cos, sin=rotary_sin,
-            positions=None if rotary_cos is None else positions.flatten(), interleaved=rotary_interleaved,
+            k.flatten(0, 1), v.flatten(0, 1), pages, slots, cos=rotary_cos, sin=rotary_sin,
+            positions=None if rotary_cos is None else positions, interleaved=rotary_interleaved,
         )  # fmt: skip
-        cache_seqlens = cache_seqlens + k.shape[1]
     elif rotary_cos is not None:
         raise ValueError("rotary_cos must be None without k and v: it rotates what is appended")
     out, lse = paged_attention_of_tokens(
@@ -353,18 +351,6 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     out = out.view(batch, seqlen_q, *out.shape[1:])
     return (out, lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1)) if return_softmax_lse else out
-
-
-def _slots(table: Tensor, positions: Tensor, size: int) -> Tensor:
-    """The slot of each position (batch, n). Where a row of the table ends before it -1, on a CPU ValueError."""
-    inside = positions < table.shape[1] * size
-    if table.device.type == "cpu" and not inside.all():
-        raise ValueError(
-            f"cache_seqlens with the tokens of k must be at most {table.shape[1] * size}, what the cache has room for,"
-            f" got {int(positions.max()) + 1}"
-        )
-    block = table.long().gather(1, (positions // size).clamp(max=table.shape[1] - 1))
-    return torch.where(inside & (block >= 0), block * size + positions % size, -1)
 
 
 def _check_layouts(**arguments: tuple[Tensor, list[str]]) -> None:

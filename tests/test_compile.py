@@ -50,6 +50,7 @@ SOME = (
     "paged-cache-store-bf16-rope",
     "paged-cache-store-int4-rope",
     "paged-cache-copy-bf16",
+    "paged-cache-append",
     "paged-attention-bf16-native-decode",
     "paged-attention-bf16-int8-chunk",
 )

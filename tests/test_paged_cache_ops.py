@@ -7,6 +7,8 @@ import torch
 
 from lmops.ops.paged_cache import (
     KVPages,
+    append_slots,
+    append_slots_forward,
     copy_blocks,
     copy_blocks_forward,
     store_kv,
@@ -248,6 +250,34 @@ def test_slots_that_are_not_there(path, format):
         assert_same(pages, expected)
 
 
+@pytest.mark.parametrize("moving", [True, False])
+@pytest.mark.parametrize(("n_new", "n_queries"), [(1, 1), (5, 2), (2, 70), (0, 3)])
+def test_where_tokens_are_appended(path, moving, n_new, n_queries):
+    """Against Python integers; strided lengths and tables, entries below 0, and sequences that fill their blocks."""
+    size, lengths = 16, [0, 15, 16, 64 - n_new, 3]
+    entries = [[7, 2, 9, 4]] * 4 + [[-1] * 4]
+    table = arrange(torch.tensor(entries, dtype=torch.int32, device=path.device), "transposed")
+    strided = torch.tensor([[n, -5] for n in lengths], dtype=torch.int32, device=path.device)[:, 0]
+    slots, positions, places, after = append_slots(strided, table, n_new, n_queries, size, moving=moving)
+    new = [(row, n + j) for row, n in enumerate(lengths) for j in range(n_new)]
+    expected = [entries[s][p // size] * size + p % size if entries[s][0] >= 0 else -1 for s, p in new]
+    assert slots.tolist() == expected
+    assert positions.tolist() == [p for _, p in new]
+    assert places.tolist() == [[n + i * moving for i in range(n_queries)] for n in lengths]
+    assert after.tolist() == [n + n_new for n in lengths]
+    assert {t.dtype for t in (slots, positions, places)} == {torch.int64}
+    assert after.dtype == torch.int32
+
+
+@pytest.mark.kernels_only
+def test_tokens_behind_the_table_have_no_slot(path):
+    lengths = torch.tensor([30, 32, -1], dtype=torch.int32, device=path.device)
+    table = torch.tensor([[1, 2]] * 3, dtype=torch.int32, device=path.device)
+    slots, _, _, after = append_slots(lengths, table, 3, 1, 16)
+    assert slots.tolist() == [46, 47, -1, -1, -1, -1, -1, 16, 17]
+    assert after.tolist() == [33, 35, 2]
+
+
 def test_positions_that_are_not_there(path):
     pages = new_pages(5, 4, 2, 16, device=path.device)
     before = bits(pages)
@@ -377,6 +407,8 @@ def test_opcheck_and_compile(path, format):
     four = (pages.k, pages.v, pages.k_scale, pages.v_scale)
     torch.library.opcheck(store_kv_forward, (k, k, *four, slots, cos, sin, positions, True))
     torch.library.opcheck(copy_blocks_forward, (*four, torch.tensor([[1, 2, 3]], device=path.device)))
+    lengths = torch.tensor([3, 0], dtype=torch.int32, device=path.device)
+    torch.library.opcheck(append_slots_forward, (lengths, lengths[:, None].expand(2, 3), 2, 1, 4, True))
 
     def step(k):
         store_kv(k * 2, k.cos(), pages, slots, cos=cos, sin=sin, positions=positions)

@@ -765,10 +765,11 @@ class _Head:
 
     def logits(self, tokens: slice, classes: slice) -> tuple[Tensor, Tensor]:
         """A block of logits, and the rows of the weight that it comes from."""
-        h, rows = _part(self.hidden, tokens), self.rows(classes)
-        bias = None if self.bias is None else _part(self.bias, classes).to(h.dtype)
+        rows = self.rows(classes)
+        bias = None if self.bias is None else _part(self.bias, classes).to(self.hidden.dtype)
         if self.memory is None:
-            return nn.functional.linear(h, rows, bias), rows
+            return nn.functional.linear(self.hidden, rows, bias), rows
+        h = self.hidden[tokens]
         logits = self.memory[: h.shape[0], : rows.shape[0]]
         if bias is None:
             return torch.mm(h, rows.t(), out=logits), rows

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lmops.ops._launch import Launch, prepared
 from lmops.ops._register import define_op, warp_size
+from lmops.reference.paged_cache import append_slots as append_slots_of_reference
 from lmops.reference.paged_cache import quantize_rows, rotate
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -325,6 +326,87 @@ def _check_rope(
         raise ValueError(f"rope_dim must be a multiple of 4 for int4 pages, got cos of shape {tuple(cos.shape)}")
     _check_tokens("positions", positions, k)
     return cos.detach(), sin.detach()
+
+
+@prepared
+def _prepare_append(
+    lengths: Tensor, block_table: Tensor, n_new: int, n_queries: int, block_size: int, moving: bool
+) -> Launch:
+    """A launch whose leading arguments are lengths, block_table and the results."""
+    from lmops.kernels.paged_cache import append_slots_kernel
+
+    n_seqs, block = lengths.shape[0], 128
+    return Launch(
+        append_slots_kernel, (-(-n_seqs * max(n_new, n_queries, 1) // block),), n_seqs, n_new, n_queries,
+        block_table.shape[1], block_size, lengths.stride(0), block_table.stride(), MOVING=moving, BLOCK=block,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def _append_triton(
+    lengths: Tensor, block_table: Tensor, n_new: int, n_queries: int, block_size: int, moving: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = _append_fake(lengths, block_table, n_new, n_queries, block_size, moving)
+    if lengths.shape[0]:
+        launch = _prepare_append(lengths, block_table, n_new, n_queries, block_size, moving)
+        launch(lengths, block_table, *results)
+    return results
+
+
+def _append_fake(
+    lengths: Tensor, block_table: Tensor, n_new: int, n_queries: int, block_size: int, moving: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_seqs = lengths.shape[0]
+    slots = lengths.new_empty(n_seqs * n_new, dtype=torch.int64)
+    places = slots.new_empty(n_seqs, n_queries)
+    return slots, slots.new_empty(n_seqs * n_new), places, lengths.new_empty(n_seqs)
+
+
+def _append_cpu(
+    lengths: Tensor, block_table: Tensor, n_new: int, n_queries: int, block_size: int, moving: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    room = block_table.shape[1] * block_size
+    if lengths.numel() and not 0 <= lengths.min() <= lengths.max() <= room - n_new:
+        raise ValueError(
+            f"cache_seqlens with the tokens of k must be at most {room}, what the cache has room for, and not negative,"
+            f" got {lengths.tolist()} and {n_new} tokens"
+        )
+    return append_slots_of_reference(lengths, block_table, n_new, n_queries, block_size, moving)
+
+
+append_slots_forward = define_op(
+    "append_slots(Tensor cache_seqlens, Tensor block_table, SymInt n_new, SymInt n_queries, SymInt block_size,"
+    " bool moving) -> (Tensor, Tensor, Tensor, Tensor)",
+    triton=_append_triton,
+    torch_cpu=_append_cpu,
+    fake=_append_fake,
+)
+
+
+def append_slots(
+    cache_seqlens: Tensor, block_table: Tensor, n_new: int, n_queries: int, block_size: int, *, moving: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where n_new tokens go that are appended to each of the sequences of a block table, in one launch.
+
+    cache_seqlens: (S,) int32, the tokens that are there. block_table: (S, width) int32, of blocks of block_size slots.
+    Returns slots and positions of the new tokens, (S n_new,) int64, as `store_kv` takes them; positions of n_queries
+    queries, (S, n_queries) int64, cache_seqlens[s] + i, or all cache_seqlens[s] if not moving; and the numbers of
+    tokens that are there then, (S,) int32.
+
+    A token has slot -1 where the table ends before it or has a number below 0. On a CPU one that the table ends before
+    raises ValueError; on a GPU looking would stall the stream.
+    Raises TypeError and ValueError for tensors that do not fit together.
+    """
+    for name, t, ndim in (("cache_seqlens", cache_seqlens, 1), ("block_table", block_table, 2)):
+        if t.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {t.dtype}")
+        if t.ndim != ndim or t.shape[0] != cache_seqlens.shape[0] or t.device != cache_seqlens.device:
+            raise ValueError(
+                "cache_seqlens must be (sequences,) and block_table (sequences, blocks) on one device, got"
+                f" {tuple(cache_seqlens.shape)} on {cache_seqlens.device} and {tuple(block_table.shape)} on"
+                f" {block_table.device}"
+            )
+    return append_slots_forward(cache_seqlens, block_table, n_new, n_queries, block_size, moving)
 
 
 @prepared

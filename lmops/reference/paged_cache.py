@@ -63,6 +63,24 @@ def dequantize_rows(codes: Tensor, scales: Tensor | None, dtype: torch.dtype) ->
     return (codes.to(compute) * scales[..., None]).to(dtype)
 
 
+def append_slots(
+    lengths: Tensor, block_table: Tensor, n_new: int, n_queries: int, block_size: int, moving: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where n_new tokens behind the `lengths` (S,) of each sequence go; `ops.paged_cache.append_slots` has the results.
+
+    Token j of sequence s has position lengths[s] + j, which is in block block_table[s, position // block_size].
+    """
+    first = lengths.long()[:, None]
+    positions = first + torch.arange(n_new, device=first.device)
+    places = first + torch.arange(n_queries, device=first.device) * int(moving)
+    width = block_table.shape[1]
+    inside = (positions >= 0) & (positions < width * block_size)
+    entry = (positions // block_size).clamp(0, max(0, width - 1))
+    block = block_table.long().gather(1, entry) if width else torch.full_like(positions, -1)
+    slots = torch.where(inside & (block >= 0), block * block_size + positions % block_size, -1)
+    return slots.flatten(), positions.flatten(), places, lengths + n_new
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """RoPE (Su et al., 2021) of rows (T, heads, D) by angles with cos and sin (T, rope_dim / 2).
 
