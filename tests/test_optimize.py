@@ -339,11 +339,11 @@ def test_bad_input_leaves_the_model_as_it_was(model, options, error, message):
 def test_verify_finds_a_wrong_operator(monkeypatch):
     model = NanoGPT().train()
     before = state(model)
-    functions = lmops.integrations.optimize.FUNCTIONS
+    functions = lmops.integrations.layers.FUNCTIONS
     wrong = {
         F.scaled_dot_product_attention: ("attention", lambda *a, **k: 1.01 * F.scaled_dot_product_attention(*a, **k))
     }
-    monkeypatch.setattr("lmops.integrations.optimize.FUNCTIONS", functions | wrong)
+    monkeypatch.setattr("lmops.integrations.layers.FUNCTIONS", functions | wrong)
     with pytest.raises(VerificationError, match="max error"):
         lmops.optimize(model, linear="int4", group_size=32, verify=(TOKENS,))
     assert state(model) == before
