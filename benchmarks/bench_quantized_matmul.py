@@ -1,7 +1,7 @@
 """x times an int4 or int8 weight, for layers of GPT-2 XL, Llama-7B and Llama-70B at 1 to 4,096 rows of x.
 
-Peers get the same codes and scales, and are checked against the same truth. bitsandbytes cannot be one of them: its 4
-bits are NF4 or FP4, its 8 bits round x too, so its results are those of another weight.
+Peers get the same codes and scales, and are checked against the same truth. bitsandbytes is one where x is rounded to 8
+bits too; its 4 bits are NF4 or FP4, so its results are those of another weight.
 """
 
 from __future__ import annotations
@@ -96,6 +96,53 @@ def benchmark(layer: str, bits: int, group_size: int) -> Benchmark:
     )
 
 
+def benchmark_w8a8(layer: str) -> Benchmark:
+    """The same with x rounded to 8 bits: an x that is 8 bits to begin with, so that all must give the same product."""
+
+    def inputs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """x, the dequantized weight, the packed one, its codes (n_out, n_in)."""
+        n_out, n_in = LAYERS[layer]
+        if device.type == "cpu":
+            n_out, n_in = min(n_out, 4_096), min(n_in, 4_096)
+        q = QuantizedTensor.quantize(torch.randn(n_out, n_in, device=device).mul_(0.02), 8, -1, scale_dtype=dtype)
+        codes = torch.randint(-127, 128, (size, n_in), device=device)
+        codes[:, 0] = 127
+        return codes.to(dtype) / 32, q.dequantize(dtype), q.packed, q.scales, q.codes()
+
+    def ours(x: Tensor, w: Tensor, packed: Tensor, scales: Tensor, *rest: Tensor) -> Tensor:
+        n_out, n_in = w.shape
+        return int8_matmul(x, QuantizedTensor(packed, scales, None, None, None, "int8", -1, (n_out, n_in)))
+
+    def torch_int(x: Tensor, w: Tensor, packed: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
+        """What torchao runs for int8 weights with rows of x rounded."""
+        if x.device.type == "cuda" and len(x) <= 16:
+            raise ImportError("torch._int_mm takes 17 rows and more on a GPU")
+        x_scales = x.abs().amax(1, keepdim=True).float() / 127
+        products = torch._int_mm((x / x_scales).round().to(torch.int8), codes.T)
+        return (products * x_scales * scales[0].float()).to(x.dtype)
+
+    def bitsandbytes(x: Tensor, w: Tensor, packed: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        x_codes, largest, _ = int8_vectorwise_quant(x)
+        columns = scales[0].float() * 127
+        return torch.ops.bitsandbytes.int8_scaled_mm(x_codes, codes, largest, columns, dtype=x.dtype)
+
+    return Benchmark(
+        f"int8-matmul {layer}",
+        "int8_matmul_forward",
+        inputs,
+        {"lmops": ours, "torch._int_mm (torchao)": torch_int, "bitsandbytes": bitsandbytes},
+        lambda x, w, *rest: x @ w.T,
+        lambda x, w, packed, scales, codes: x.nbytes + packed.nbytes + scales.nbytes + x.shape[0] * w.shape[0] * 2,
+        ROWS,
+        small=8,
+        operations=lambda x, w, *rest: 2 * x.shape[0] * w.numel(),
+        dtypes=(torch.float16,),
+        sizes_on_cpu=(1, 8),
+    )
+
+
 def torch_pack(q: QuantizedTensor) -> Tensor:
     """The codes as `torch._weight_int4pack_mm` wants them, which is the kernel behind torchao's int4 weights."""
     codes = q.codes()
@@ -104,7 +151,10 @@ def torch_pack(q: QuantizedTensor) -> Tensor:
     return torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8)
 
 
-BENCHMARKS = [benchmark(layer, bits, g) for layer in LAYERS for bits, g in ((4, 64), (8, -1))]
+BENCHMARKS = [
+    *(benchmark(layer, bits, g) for layer in LAYERS for bits, g in ((4, 64), (8, -1))),
+    *map(benchmark_w8a8, LAYERS),
+]
 
 
 def product(n_rows: int, n_out: int, n_in: int, dtype: torch.dtype, *, bias=False, backward=False, **format):

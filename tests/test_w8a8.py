@@ -1,6 +1,7 @@
 """SmoothQuant: W8A8Linear with scales that go from x to the weight, and the conversion of models."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -53,6 +54,25 @@ def test_the_scales_cancel_in_the_product():
     plain = W8A8Linear.from_float(linear.float(), 8, -1)
     assert plain.smooth is None
     assert (layer(x) - exact).norm() < 0.2 * (plain(x) - exact).norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fp8", [False, True])
+def test_calls_on_a_cpu_keep_the_codes(monkeypatch, fp8):
+    """In the order of the weight; results are those of the operator, also after the weight has been changed."""
+    linear, x = nn.Linear(96, 40), outliers(5, 96)
+    layer = W8A8Linear.from_float(linear, 8, -1, fp8=fp8)
+    first = layer(x)
+    monkeypatch.setattr("lmops.quantization.w8a8.int8_matmul", None)
+    assert torch.equal(layer(x), first)
+    assert torch.equal(layer(x[0]), first[0])
+    monkeypatch.undo()
+    assert pickle.loads(pickle.dumps(layer))._cpu_weight is None
+    other = W8A8Linear.from_float(nn.Linear(96, 40), 8, -1, fp8=fp8)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 96\)"):
+        layer(x[:, :8])
 
 
 @torch.no_grad()

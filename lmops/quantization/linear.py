@@ -81,7 +81,7 @@ class QuantLinear(nn.Linear):
     zeros: Tensor | None
     offsets: Tensor | None
     permutation: Tensor | None
-    _cpu_weight: CPUWeight | None  # what torch's packed kernels take, from the first call on a CPU
+    _cpu_weight: Any  # what torch's packed kernels take, from the first call on a CPU: a CPUWeight
 
     def __init__(
         self,

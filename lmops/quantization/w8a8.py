@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lmops.ops.int8_matmul import int8_matmul
+from lmops.ops.quantized_matmul_cpu import cpu_weight_helps
 from lmops.quantization.linear import QuantLinear
 from lmops.quantization.quantize import _check_calibration, _evaluating, _find_layers, _replace, _undone_on_error
 from lmops.quantization.rounding import check_weight, float_weight
 from lmops.quantization.tensor import QuantizedTensor
+from lmops.reference.quantization import int8_matmul_of_codes, unpack
 
 
 class W8A8Linear(QuantLinear):
@@ -68,7 +70,13 @@ class W8A8Linear(QuantLinear):
         kind = x.device.type
         if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        return int8_matmul(x, self.quantized, self.bias, smooth=self.smooth)
+        on_cpu = cpu_weight_helps(x, self.packed, self.bias)
+        if on_cpu and self._cpu_weight is not None and x.shape[-1] == self.in_features:
+            return int8_matmul_of_codes(x, self._cpu_weight, self.scales, self.smooth, self.bias)
+        y = int8_matmul(x, self.quantized, self.bias, smooth=self.smooth)
+        if on_cpu:  # the codes in order: taking them out of their packed layout takes longer than a product
+            self._cpu_weight = unpack(self.packed, self.format, self.in_features)
+        return y
 
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
         if self.smooth is None:

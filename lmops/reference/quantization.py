@@ -129,10 +129,15 @@ def int8_matmul(
     x: Tensor, packed: Tensor, scales: Tensor, smooth: Tensor | None, bias: Tensor | None, format: str
 ) -> Tensor:
     """x (..., n_in) / smooth (n_in,) quantized a row, times an 8-bit weight with scales (1, n_out), plus bias."""
-    rows = x.reshape(-1, x.shape[-1])
-    codes, x_scales = quantize_rows(rows if smooth is None else rows.float() / smooth.float(), format)
-    w = unpack(packed, format, x.shape[-1])
-    exact = codes.float() @ w.float().T if format == "fp8" else torch._int_mm(codes, w.T).float()
+    return int8_matmul_of_codes(x, unpack(packed, format, x.shape[-1]), scales, smooth, bias)
+
+
+def int8_matmul_of_codes(x: Tensor, w: Tensor, scales: Tensor, smooth: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The same of codes w (n_out, n_in), int8 or float8_e4m3fn."""
+    rows, fp8 = x.reshape(-1, x.shape[-1]), w.dtype == torch.float8_e4m3fn
+    rows = rows if smooth is None else rows.float() / smooth.float()
+    codes, x_scales = quantize_rows(rows, "fp8" if fp8 else "int8")
+    exact = codes.float() @ w.float().T if fp8 else torch._int_mm(codes, w.T).float()
     y = exact * scales.float() * x_scales
     y = y if bias is None else y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], w.shape[0])
