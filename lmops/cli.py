@@ -233,9 +233,18 @@ def _device(name: str | None) -> torch.device:
 def quantize(
     model: Annotated[str, typer.Option(help="A GGUF file, a Hugging Face folder or a name on the hub.")],
     out: Annotated[Path, typer.Option(help="The folder to write, which must not be there yet.")],
-    bits: Annotated[int, typer.Option(help="Of a weight: 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 16 to 1024, or -1 for a row.")] = 128,
-    method: Annotated[str, typer.Option(help="rtn rounds to nearest; gptq and awq need --calibration.")] = "rtn",
+    bits: Annotated[int | None, typer.Option(help="Of a weight: 4 or 8. 4, for smoothquant 8.")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Weights that share a scale: 16 to 1024, or -1 for a row. 128, for smoothquant -1."),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="rtn rounds to nearest; gptq and awq, and smoothquant, where products are of 8 bits on both sides,"
+            " need --calibration."
+        ),
+    ] = "rtn",
     calibration: Annotated[Path | None, typer.Option(help="A text like those that the model will read.")] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Read so many tokens of it.", min=1)] = 16384,
     sequence: Annotated[int, typer.Option(help="Cut them into sequences of this length.", min=1)] = 512,
@@ -252,7 +261,7 @@ def quantize(
     import torch
 
     from lmops.models import load, save
-    from lmops.quantization import quantize_model
+    from lmops.quantization import quantize_model, smooth_quantize
 
     if out.exists():
         raise FileExistsError(f"--out is {out}, which exists already")
@@ -260,6 +269,12 @@ def quantize(
         raise FileNotFoundError(f"--out is {out}, and there is no folder {out.absolute().parent}")
     if method != "rtn" and calibration is None:
         raise ValueError(f"--method {method} needs --calibration, a text file")
+    smooth = method == "smoothquant"
+    if smooth and (bits not in (None, 8) or group_size not in (None, -1) or symmetric):
+        raise ValueError(
+            "--method smoothquant has 8 bits and a scale a row: leave out --bits, --group-size, --symmetric"
+        )
+    bits = bits if bits is not None else 8 if smooth else 4
     text = "" if calibration is None else calibration.read_text(encoding="utf-8")
     torch_dtype, torch_device = _dtype(dtype), _device(device)
     if threads is not None:
@@ -271,9 +286,14 @@ def quantize(
             raise ValueError(f"{model}: the checkpoint has no tokenizer, which --calibration needs")
         tokens = torch.tensor(tokenizer.encode(text)[:calibration_tokens])
         batches = tokens.split(min(sequence, network.config.context_length))
-    names = quantize_model(
-        network, bits, group_size, method, calibration=batches, skip=skip or ("lm_head", "head"), symmetric=symmetric
-    )
+    left_out = skip or ("lm_head", "head")
+    if smooth:
+        names = smooth_quantize(network, batches or [], skip=left_out)
+    else:
+        group_size = 128 if group_size is None else group_size
+        names = quantize_model(
+            network, bits, group_size, method, calibration=batches, skip=left_out, symmetric=symmetric
+        )
     save(network, tokenizer, out)
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     print(f"{out}: {len(names)} layers in {bits} bits, {size:.1f} MB", file=sys.stderr)

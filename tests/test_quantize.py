@@ -15,7 +15,15 @@ from torch.nn import functional as F
 
 from lmops.models import GPT, GPTConfig, load, save
 from lmops.modules import QuantLinear
-from lmops.quantization import QuantizedTensor, fake_quantize, gptq, quantize, quantize_model, round_to_nearest
+from lmops.quantization import (
+    QuantizedTensor,
+    fake_quantize,
+    gptq,
+    quantize,
+    quantize_model,
+    round_to_nearest,
+    smooth_quantize,
+)
 
 LLAMA = GPTConfig(
     61, 64, 2, 4, 32, n_kv_heads=2, norm="rmsnorm", activation="silu", gated_mlp=True, positions="rope", bias=False
@@ -511,14 +519,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "smoothquant"])
 def test_the_command(folder, tmp_path, method):
     out = tmp_path / "out"
     options = () if method == "rtn" else ("--calibration", folder / "text.txt", "--sequence", 32)
-    arguments = ("--model", folder, "--out", out, "--group-size", 16, "--method", method, *options)
+    options += () if method == "smoothquant" else ("--group-size", 16)
+    arguments = ("--model", folder, "--out", out, "--method", method, *options)
     result = run("quantize", *arguments, "--calibration-tokens", 200, "--device", "cpu")
     assert result.exit_code == 0, result.stderr
-    assert "8 layers in 4 bits" in result.stderr.splitlines()[-1]
+    bits = 8 if method == "smoothquant" else 4
+    assert f"8 layers in {bits} bits" in result.stderr.splitlines()[-1]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     model, tokenizer = load(out)
     expected, words = load(folder)
@@ -526,7 +536,10 @@ def test_the_command(folder, tmp_path, method):
         convert(expected)
     else:
         batches = torch.tensor(words.encode((folder / "text.txt").read_text())[:200]).split(32)
-        convert(expected, method, calibration=batches)
+        if method == "smoothquant":
+            smooth_quantize(expected, batches)
+        else:
+            convert(expected, method, calibration=batches)
     tokens = torch.tensor([words.encode("def f(x):")])
     assert torch.equal(logits(model, tokens), logits(expected, tokens))
     assert tokenizer.encode("def f(x):") == words.encode("def f(x):")
@@ -544,6 +557,8 @@ def test_mistakes_at_the_command_line_leave_nothing_behind(folder, tmp_path, mon
     mistake("--method", "gptq", parts=("--method gptq needs --calibration",))
     mistake("--method", "awq", "--calibration", folder / "none.txt", parts=("none.txt",))
     mistake("--bits", 3, parts=("bits must be 4 or 8, got 3",))
+    mistake("--method", "smoothquant", parts=("--method smoothquant needs --calibration",))
+    mistake("--method", "smoothquant", "--bits", 4, "--calibration", text, parts=("8 bits and a scale a row",))
     mistake("--method", "best", "--calibration", text, parts=("method must be one of",))
     mistake(parts=("group_size of blocks.0.attn.qkv must be at most", "got 128"))
     mistake("--group-size", 16, "--out", tmp_path / "no" / "out", parts=("there is no folder",))
