@@ -81,22 +81,23 @@ def offset(index, strides):
 
 
 @triton.jit
-def load_tile(source, batch, head, start, offsets, stride, in_rows, ROWS: tl.constexpr, COLS: tl.constexpr,
-              DIM: tl.constexpr, EDGE: tl.constexpr, DESCRIPTOR: tl.constexpr = False):  # fmt: skip
-    """Rows start .. start + ROWS - 1 of a matrix, (ROWS, COLS); 0 from column DIM on, at an EDGE also outside in_rows.
+def load_tile(ptr, start, offsets, stride, in_rows, DIM: tl.constexpr, EDGE: tl.constexpr,
+              desc=None, batch=0, head=0, first=0, DESCRIPTOR: tl.constexpr = False):  # fmt: skip
+    """Rows from `start` on of a matrix, as many as offsets has; 0 from column DIM on, at an EDGE also outside in_rows.
 
-    source: the pointer to row 0, or a tensor descriptor and batch and head say which matrix of it. offsets:
-    (ROWS, COLS), of the elements of a tile from its first: they stay, and only a scalar base moves, which the compiler
-    turns into one address a lane. Behind the end of a tensor a descriptor gives 0 by itself.
+    ptr: to row 0. offsets: (rows, columns), of the elements of a tile from its first: they stay, and only a scalar base
+    moves, which the compiler turns into one address a lane.
+    DESCRIPTOR: by a tensor descriptor, where batch and head say which matrix it is and `first` which is its row 0.
+    Behind the end of a tensor it gives 0 by itself.
     """
     if DESCRIPTOR:
-        return source.load([batch, head, start, 0]).reshape(ROWS, COLS)
+        return desc.load([batch, head, first + start, 0]).reshape(offsets.shape)
     else:
-        tile_ptr = source + tl.cast(start, tl.int64) * stride + offsets
-        in_dims = (tl.arange(0, COLS) < DIM)[None, :]
+        tile_ptr = ptr + tl.cast(start, tl.int64) * stride + offsets
+        in_dims = (tl.arange(0, offsets.shape[1]) < DIM)[None, :]
         if EDGE:
             return tl.load(tile_ptr, mask=in_rows[:, None] & in_dims, other=0.0)
-        elif DIM == COLS:
+        elif offsets.shape[1] == DIM:
             return tl.load(tile_ptr)
         else:
             return tl.load(tile_ptr, mask=in_dims, other=0.0)
@@ -238,7 +239,8 @@ def attention_forward_kernel(
         row0 // PACK + shift, last + shift, left, right, k_len, LEFT, RIGHT, BLOCK_N
     )
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    # where every warp has whole rows, a lane sums what it holds of them
+    l = tl.zeros((BLOCK_M, 8) if BLOCK_M >= 128 else (BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for EDGE in tl.static_range(2):
         # the edges are one loop: the tiles before the full ones, then those after them
@@ -246,15 +248,16 @@ def attention_forward_kernel(
         for start in tl.range(
             begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N, num_stages=1 if EDGE else None
         ):
-            if EDGE:
+            if EDGE and LEFT:  # without, there are none before
                 start -= tl.where(start < full_end, skip, 0)
             at = start + cols
             in_cols = at < k_len
-            k = load_tile(k_desc if DESCRIPTOR else k_ptr, k_batch, kv_head, k_first + start if DESCRIPTOR else start,
-                          k_offsets, k_strides[2], in_cols, BLOCK_N, BLOCK_D, HEAD_DIM, EDGE, DESCRIPTOR)  # fmt: skip
+            k = load_tile(k_ptr, start, k_offsets, k_strides[2], in_cols, HEAD_DIM, EDGE,
+                          k_desc, k_batch, kv_head, k_first, DESCRIPTOR)  # fmt: skip
+            # beside k: two descriptors' loads one after the other wait at one barrier
+            v = load_tile(v_ptr, start, v_offsets, v_strides[2], in_cols, VALUE_DIM, EDGE,
+                          v_desc, k_batch, kv_head, k_first, DESCRIPTOR)  # fmt: skip
             x = tl.dot(q, k.T, input_precision=PRECISION)  # (M, N)
-            v = load_tile(v_desc if DESCRIPTOR else v_ptr, k_batch, kv_head, k_first + start if DESCRIPTOR else start,
-                          v_offsets, v_strides[2], in_cols, BLOCK_N, BLOCK_E, VALUE_DIM, EDGE, DESCRIPTOR)  # fmt: skip
             if EDGE or (BIAS != ""):
                 v, spoiled = without_nonfinite(v)
                 x += spoiled[None, :]
@@ -267,6 +270,8 @@ def attention_forward_kernel(
                 p = tl.where(keep, p, 0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
+    if BLOCK_M >= 128:
+        l = tl.sum(l, 1)
     if SINKS:
         sink = tl.load(sinks_ptr + heads).to(tl.float32) * LOG2E
         m_new = tl.maximum(m, sink)
@@ -359,17 +364,19 @@ def attention_backward_dq_kernel(
         row0 + shift, tl.minimum(row0 + BLOCK_M, q_len) - 1 + shift, left, right, k_len, LEFT, RIGHT, BLOCK_N
     )
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for EDGE in tl.static_range(2):
+    # a large tile leaves no register to spare: the edges go first, what only they need is gone when the full ones come
+    FIRST: tl.constexpr = 1 if BLOCK_N > 64 else 0
+    for EDGE in tl.static_range(FIRST, -1 if FIRST else 2, -1 if FIRST else 1):
         skip = full_end - full_begin
         for start in tl.range(
             begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N, num_stages=1 if EDGE else None
         ):
-            if EDGE:
+            if EDGE and LEFT:
                 start -= tl.where(start < full_end, skip, 0)
             at = start + cols
             in_cols = at < k_len
-            k = load_tile(k_desc if DESCRIPTOR else k_ptr, k_batch, kv_head, k_first + start if DESCRIPTOR else start,
-                          k_offsets, k_strides[2], in_cols, BLOCK_N, BLOCK_D, HEAD_DIM, EDGE, DESCRIPTOR)  # fmt: skip
+            k = load_tile(k_ptr, start, k_offsets, k_strides[2], in_cols, HEAD_DIM, EDGE,
+                          k_desc, k_batch, kv_head, k_first, DESCRIPTOR)  # fmt: skip
             if EDGE or (BIAS != ""):
                 k, spoiled = without_nonfinite(k)
             x = tl.dot(q, k.T, input_precision=PRECISION)  # (M, N)
@@ -378,8 +385,8 @@ def attention_backward_dq_kernel(
             bias = load_bias(bias_ptr, positions[:, None], at[None, :], bias_strides, q_len, k_len, BIAS)
             x, slope_of_cap = scores(x, rows[:, None], at[None, :], bias, slope, scale, softcap, low[:, None],
                                      high[:, None], SCALED, SOFTCAP, ALIBI, BIAS, EDGE and LEFT, EDGE)  # fmt: skip
-            v = load_tile(v_desc if DESCRIPTOR else v_ptr, k_batch, kv_head, k_first + start if DESCRIPTOR else start,
-                          v_offsets, v_strides[2], in_cols, BLOCK_N, BLOCK_E, VALUE_DIM, EDGE, DESCRIPTOR)  # fmt: skip
+            v = load_tile(v_ptr, start, v_offsets, v_strides[2], in_cols, VALUE_DIM, EDGE,
+                          v_desc, k_batch, kv_head, k_first, DESCRIPTOR)  # fmt: skip
             z = x * factor - base[:, None]
             p = tl.exp2(z - rest[:, None] if WIDE else z)
             # without dropout -delta is the first value of the sum
@@ -467,10 +474,8 @@ def attention_backward_dkv_kernel(
                     start -= tl.where(start < full_end, skip, 0)
                 at = start + rows
                 in_rows = at < q_len
-                q = load_tile(head_q_ptr, 0, 0, start, q_offsets, q_strides[2], in_rows,
-                              BLOCK_M, BLOCK_D, HEAD_DIM, EDGE)  # fmt: skip
-                do = load_tile(head_do_ptr, 0, 0, start, do_offsets, do_strides[2], in_rows,
-                              BLOCK_M, BLOCK_E, VALUE_DIM, EDGE)  # fmt: skip
+                q = load_tile(head_q_ptr, start, q_offsets, q_strides[2], in_rows, HEAD_DIM, EDGE)
+                do = load_tile(head_do_ptr, start, do_offsets, do_strides[2], in_rows, VALUE_DIM, EDGE)
                 base, delta, rest = load_stats(stats_ptr, row_at + start, rows, in_rows, EDGE, WIDE)
                 xt = tl.dot(k, q.T, input_precision=PRECISION)  # (N, M)
                 bias = load_bias(head_bias_ptr, at[None, :], cols[:, None], bias_strides, q_len, k_len, BIAS)

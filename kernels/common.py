@@ -28,6 +28,8 @@ def online_softmax_step(x, m, l, scale, FOLD: tl.constexpr = False, GUARD: tl.co
     x: (R, C) scores, -inf where masked; m: (R,) maximum so far, -inf at first; l: (R,) sum of exponentials so far;
     scale: log2(e) / temperature, (R,). Returns p = 2^((x - m') scale), m', l' and the factor 2^((m - m') scale) by
     which whatever was accumulated under m must be multiplied.
+    l may be (R, PARTS), sums of every PARTS-th column, to be added up after the last tile: with 8, of a product of
+    tensor cores, they are sums of what a lane holds, and lanes need not exchange theirs at every step.
     FOLD: scale is a positive scalar and m holds the maximum of x scale, so that an element costs one multiply-add;
     that overflows where x scale does. GUARD: a row may have nothing in it but -inf.
     """
@@ -41,7 +43,11 @@ def online_softmax_step(x, m, l, scale, FOLD: tl.constexpr = False, GUARD: tl.co
     else:
         p = tl.exp2((x - shift[:, None]) * tl.expand_dims(scale, 1))
         alpha = tl.exp2((m - shift) * scale)
-    return p, m_new, l * alpha + tl.sum(p, 1), alpha
+    if len(l.shape) == 1:
+        l = l * alpha + tl.sum(p, 1)
+    else:
+        l = l * alpha[:, None] + tl.sum(p.reshape(p.shape[0], p.shape[1] // l.shape[1], l.shape[1]), 1)
+    return p, m_new, l, alpha
 
 
 @triton.jit
