@@ -23,11 +23,26 @@ def cap(x, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def afresh(x, PACKED: tl.constexpr):
-    """x, 16 bits an element with PACKED: what was computed from it is computed again, and takes no registers until."""
-    if PACKED:
-        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+def afresh(x, zero, BACKEND: tl.constexpr):
+    """x, such that what was computed from it before is computed again and not kept in registers in between.
+
+    x: of 16 or 32 bits. zero: int32, of x's shape or broadcast to it, 0 without the compiler's knowledge; what it is
+    computed from comes first. BACKEND: "cuda", "hip", or anything else for x as it is.
+    """
+    PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+    if BACKEND == "cuda":
+        USES: tl.constexpr = "=r,r,r,r" if PACK == 2 else "=r,r,r"
+        x = tl.inline_asm_elementwise("or.b32 $0, $1, $2;", USES, [x, zero], x.dtype, True, PACK)
+    elif BACKEND == "hip":
+        USES: tl.constexpr = "=v,v,v,v" if PACK == 2 else "=v,v,v"
+        x = tl.inline_asm_elementwise("v_or_b32 $0, $1, $2", USES, [x, zero], x.dtype, True, PACK)
     return x
+
+
+@triton.jit
+def zero_after(n, x):
+    """A zero for `afresh`, not known before x is, which has 32 bits. n: not negative."""
+    return (n >> 31) & x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -68,6 +83,68 @@ def take(u, column, inside, weight_ptr, m, l, smooth, base, scale, WEIGHTED: tl.
 
 
 @triton.jit
+def held_tile(i: tl.constexpr, rows, shift, n_cols, COLS: tl.constexpr, PIECES: tl.constexpr, VEC: tl.constexpr):
+    """Positions (1, C) of tile i of those that are held, and where they are inside `rows` (R, 1).
+
+    Only the first and the last can reach beyond the row: (PIECES - 1) * COLS < n_cols.
+    """
+    p = i * COLS + tl.arange(0, COLS)[None, :]
+    first = p // VEC * VEC - shift
+    inside = rows
+    if i == 0:
+        inside = inside & (first >= 0)
+    if i == PIECES - 1:
+        inside = inside & (first + VEC <= n_cols)
+    return p, inside
+
+
+@triton.jit
+def hold(ptr, row, col, read, shift, n_cols, COLS: tl.constexpr, PIECES: tl.constexpr, VEC: tl.constexpr):
+    """The first PIECES tiles of COLS columns of rows at offsets `row`, in the tensor's own type, -inf where masked."""
+    held = ()
+    for i in tl.static_range(PIECES):
+        p, inside = held_tile(i, read, shift, n_cols, COLS, PIECES, VEC)
+        held += (tl.load(ptr + row + p.to(tl.int64) * col, mask=inside, other=float("-inf")),)
+    return held
+
+
+@triton.jit
+def largest(held, PIECES: tl.constexpr):
+    """Maxima (R,) of tiles that are held."""
+    top = held[0].to(tl.float32)
+    for i in tl.static_range(1, PIECES):
+        top = tl.maximum(top, held[i].to(tl.float32))
+    return tl.max(top, 1)
+
+
+@triton.jit
+def take_held(
+    held, shift, n_cols, read, weight_ptr, m, l, smooth, base, scale, softcap,
+    COLS: tl.constexpr, PIECES: tl.constexpr, VEC: tl.constexpr,
+    WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BACKEND: tl.constexpr,
+):  # fmt: skip
+    """What `take` does, for tiles that are held: maximum first, and one sum over lanes."""
+    before = m
+    m = tl.maximum(m, cap(largest(held, PIECES), softcap, SOFTCAP))
+    peak = finite(m)
+    if SMOOTH:
+        base = tl.where(before == float("-inf"), peak, base)
+    sums = tl.zeros(held[0].shape, tl.float32)
+    below = tl.zeros(held[0].shape, tl.float32)
+    for i in tl.static_range(PIECES):
+        zero = zero_after(n_cols, sums) if SMOOTH or SOFTCAP else n_cols >> 31
+        u = cap(afresh(held[i], zero, BACKEND).to(tl.float32), softcap, SOFTCAP)
+        sums += tl.exp2((u - peak[:, None]) * scale[:, None])
+        if SMOOTH:
+            p, inside = held_tile(i, read, shift, n_cols, COLS, PIECES, VEC)
+            w = class_weights(weight_ptr, p - shift, inside, WEIGHTED)
+            below += tl.where(inside, w * (u - base[:, None]), 0.0)
+    if SMOOTH:
+        smooth += tl.sum(below, 1)
+    return m, l * tl.exp2((before - peak) * scale) + tl.sum(sums, 1), smooth, base
+
+
+@triton.jit
 def gradient(
     u, column, inside, weight_ptr, y, m, inverse_l, pull, extra, spread, scale, softcap,
     WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -87,14 +164,33 @@ def gradient(
     return d
 
 
+@triton.jit
+def store_held(
+    dx_ptr, dx_row, dx_col, held, shift, n_cols, in_rows, weight_ptr, y, m, l, inverse_l, pull, extra, spread, scale,
+    softcap, COLS: tl.constexpr, PIECES: tl.constexpr, VEC: tl.constexpr,
+    WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BACKEND: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of tiles that are held."""
+    zero = zero_after(n_cols, l)[:, None]
+    for i in tl.static_range(PIECES):
+        if i * COLS < n_cols:  # always: a branch, across which compilers do not mix tiles
+            p, inside = held_tile(i, in_rows[:, None], shift, n_cols, COLS, PIECES, VEC)
+            u = cap(afresh(held[i], zero, BACKEND).to(tl.float32), softcap, SOFTCAP)
+            d = gradient(
+                u, p - shift, inside, weight_ptr, y, m, inverse_l, pull, extra, spread, scale, softcap,
+                WEIGHTED, SMOOTH, SOFTCAP,
+            )  # fmt: skip
+            tl.store(dx_ptr + dx_row + p.to(tl.int64) * dx_col, d, mask=inside)
+
+
 @triton.jit(do_not_specialize=["first_class", "ignore_index", "plane"])
 def cross_entropy_kernel(
     x_ptr, dx_ptr, target_ptr, weight_ptr, weight_sum_ptr, grad_ptr, state_ptr, outer_shape, n_rows, n_cols, plane,
     first_class, n_classes, ignore_index, label_smoothing, z_loss, softcap, scale, inverse_t,
     x_strides, dx_strides, target_strides, grad_strides, state_strides,
-    ROWS: tl.constexpr, COLS: tl.constexpr, HELD: tl.constexpr, VEC: tl.constexpr, EDGE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, VEC: tl.constexpr, EDGE: tl.constexpr,
     FITS: tl.constexpr, FORWARD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, GRAD: tl.constexpr,
-    WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
+    WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BACKEND: tl.constexpr,
 ):  # fmt: skip
     """loss = (1 - s) w_y (L - z_y) + s / n sum_j w_j (L - z_j) + z_loss L^2, and its gradient times grad.
 
@@ -124,8 +220,8 @@ def cross_entropy_kernel(
     x_offset = row_offset(outer, rows, outer_shape, x_strides)
     x_row, shift = align(x_offset, VEC)
     x_col = x_strides[len(x_strides) - 1]
-    tile = tl.arange(0, COLS)[None, :]
-    first = tl.arange(0, HELD)[None, :]
+    STEP: tl.constexpr = 2 * COLS
+    step = tl.arange(0, STEP)[None, :]
     read = kept[:, None]  # the logits of ignored tokens are not read
     stop = tl.max(tl.where(kept, n_cols + VEC - 1, 0))
 
@@ -145,8 +241,8 @@ def cross_entropy_kernel(
                 smooth = tl.load(state + 4 * plane, mask=in_rows, other=0.0)
                 base = tl.load(state + 5 * plane, mask=in_rows, other=0.0)
         if not FITS:
-            for start in range(HELD, stop, COLS):
-                p = start + tile
+            for start in range(PIECES * COLS, stop, STEP):
+                p = start + step
                 inside = read & main_mask(p, shift, n_cols, n_cols, VEC)
                 x = load(x_ptr, x_row + p.to(tl.int64) * x_col, inside, True, float("-inf"), tl.float32, False)
                 u = cap(x, softcap, SOFTCAP)
@@ -160,22 +256,12 @@ def cross_entropy_kernel(
             m, l, smooth, base = take(
                 u_edge, e - shift, in_edge & read, weight_ptr, m, l, smooth, base, scale, WEIGHTED, SMOOTH
             )
-    in_first = read & main_mask(first, shift, n_cols, n_cols, VEC)
-    held = tl.load(x_ptr + x_row + first.to(tl.int64) * x_col, mask=in_first, other=float("-inf"))
-    u_first = cap(held.to(tl.float32), softcap, SOFTCAP)
+    held = hold(x_ptr, x_row, x_col, read, shift, n_cols, COLS, PIECES, VEC)
     if FORWARD:
-        if PACKED and not SMOOTH:
-            # as in online_softmax_step, but for the numbers, which are formed afresh for the sum
-            before = m
-            m = tl.maximum(m, tl.max(u_first, 1))
-            l *= tl.exp2((before - finite(m)) * scale)
-            held = afresh(held, PACKED)
-            u_first = cap(held.to(tl.float32), softcap, SOFTCAP)
-            l += tl.sum(tl.exp2((u_first - finite(m)[:, None]) * scale[:, None]), 1)
-        else:
-            m, l, smooth, base = take(
-                u_first, first - shift, in_first, weight_ptr, m, l, smooth, base, scale, WEIGHTED, SMOOTH
-            )
+        m, l, smooth, base = take_held(
+            held, shift, n_cols, read, weight_ptr, m, l, smooth, base, scale, softcap,
+            COLS, PIECES, VEC, WEIGHTED, SMOOTH, SOFTCAP, BACKEND,
+        )  # fmt: skip
         if LAST:
             m, log_l = finite(m), tl.log2(l) * LN2
             loss = (1 - label_smoothing) * w_y * (log_l + (m - x_y) * inverse_t)
@@ -216,16 +302,13 @@ def cross_entropy_kernel(
                 WEIGHTED, SMOOTH, SOFTCAP,
             )  # fmt: skip
             tl.store(dx_ptr + dx_row + e, d_edge, mask=in_edge)
-        in_first = in_rows[:, None] & main_mask(first, shift, n_cols, n_cols, VEC)
-        u_first = cap(afresh(held, PACKED).to(tl.float32), softcap, SOFTCAP)
-        d_first = gradient(
-            u_first, first - shift, in_first, weight_ptr, y, m, inverse_l, pull, extra, spread, scale, softcap,
-            WEIGHTED, SMOOTH, SOFTCAP,
+        store_held(
+            dx_ptr, dx_row, dx_col, held, shift, n_cols, in_rows, weight_ptr, y, m, l, inverse_l, pull, extra, spread,
+            scale, softcap, COLS, PIECES, VEC, WEIGHTED, SMOOTH, SOFTCAP, BACKEND,
         )  # fmt: skip
-        tl.store(dx_ptr + dx_row + first.to(tl.int64) * dx_col, d_first, mask=in_first)
         if not FITS:
-            for start in range(HELD, n_cols + VEC - 1, COLS):
-                p = start + tile
+            for start in range(PIECES * COLS, n_cols + VEC - 1, STEP):
+                p = start + step
                 inside = in_rows[:, None] & main_mask(p, shift, n_cols, n_cols, VEC)
                 x = load(x_ptr, x_row + p.to(tl.int64) * x_col, inside & read, True, float("-inf"), tl.float32, False)
                 u = cap(x, softcap, SOFTCAP)
@@ -252,14 +335,63 @@ def take_pair(s, t, sm, sl, tm, tl_, total, scale, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def divergence(s, t, sm, sl, tm, tl_, scale, inverse_t, apart, REVERSE: tl.constexpr):
-    """Sum over a tile of p log(p / q), or REVERSE q log(q / p), from complete statistics; apart: log(sl / tl_)."""
+def take_pair_held(
+    held_s, held_t, n_cols, sm, sl, tm, tl_, total, scale,
+    PIECES: tl.constexpr, REVERSE: tl.constexpr, BACKEND: tl.constexpr,
+):  # fmt: skip
+    """What `take_pair` does, for tiles that are held: maxima first, and one sum over lanes of each kind."""
+    s_before, t_before, before = sm, tm, sl if REVERSE else tl_
+    sm, tm = tl.maximum(sm, largest(held_s, PIECES)), tl.maximum(tm, largest(held_t, PIECES))
+    s_peak, t_peak = finite(sm), finite(tm)
+    s_alpha, t_alpha = tl.exp2((s_before - s_peak) * scale), tl.exp2((t_before - t_peak) * scale)
+    s_sums = tl.zeros(held_s[0].shape, tl.float32)
+    t_sums = tl.zeros(held_s[0].shape, tl.float32)
+    totals = tl.zeros(held_s[0].shape, tl.float32)
+    for i in tl.static_range(PIECES):
+        s = afresh(held_s[i], n_cols >> 31, BACKEND).to(tl.float32) - s_peak[:, None]
+        t = afresh(held_t[i], n_cols >> 31, BACKEND).to(tl.float32) - t_peak[:, None]
+        s_e, t_e = tl.exp2(s * scale[:, None]), tl.exp2(t * scale[:, None])
+        s_sums += s_e
+        t_sums += t_e
+        if REVERSE:
+            totals += tl.where(s_e == 0, 0.0, s_e * (s - t))
+        else:
+            totals += tl.where(t_e == 0, 0.0, t_e * (t - s))
+    apart = moved(t_before, t_peak) - moved(s_before, s_peak)
+    if REVERSE:
+        total = s_alpha * (total - before * apart) + tl.sum(totals, 1)
+    else:
+        total = t_alpha * (total + before * apart) + tl.sum(totals, 1)
+    return sm, sl * s_alpha + tl.sum(s_sums, 1), tm, tl_ * t_alpha + tl.sum(t_sums, 1), total
+
+
+@triton.jit
+def divergence(s, t, sm, tm, scale, inverse_t, apart, REVERSE: tl.constexpr):
+    """A tile's p log(p / q), or REVERSE q log(q / p), times p's sum (q's), from complete statistics.
+
+    apart: log(sl / tl_).
+    """
     log_ratio = ((t - tm[:, None]) - (s - sm[:, None])) * inverse_t + apart[:, None]
     if REVERSE:
-        e, l, log_ratio = tl.exp2((s - sm[:, None]) * scale[:, None]), sl, -log_ratio
+        e, log_ratio = tl.exp2((s - sm[:, None]) * scale[:, None]), -log_ratio
     else:
-        e, l = tl.exp2((t - tm[:, None]) * scale[:, None]), tl_
-    return tl.sum(tl.where(e == 0, 0.0, e * log_ratio), 1) / l
+        e = tl.exp2((t - tm[:, None]) * scale[:, None])
+    return tl.where(e == 0, 0.0, e * log_ratio)
+
+
+@triton.jit
+def divergence_held(
+    held_s, held_t, n_cols, sm, sl, tm, scale, inverse_t, apart,
+    PIECES: tl.constexpr, REVERSE: tl.constexpr, BACKEND: tl.constexpr,
+):  # fmt: skip
+    """Sum (R,) of `divergence` over tiles that are held."""
+    zero = zero_after(n_cols, sl)[:, None]
+    terms = tl.zeros(held_s[0].shape, tl.float32)
+    for i in tl.static_range(PIECES):
+        s = afresh(held_s[i], zero, BACKEND).to(tl.float32)
+        t = afresh(held_t[i], zero, BACKEND).to(tl.float32)
+        terms += divergence(s, t, sm, tm, scale, inverse_t, apart, REVERSE)
+    return tl.sum(terms, 1)
 
 
 @triton.jit
@@ -275,6 +407,23 @@ def pair_gradient(s, t, sm, tm, s_push, t_push, offset, scale, inverse_t, REVERS
 
 
 @triton.jit
+def store_pair_held(
+    dx_ptr, dx_row, dx_col, held_s, held_t, shift, n_cols, in_rows, total, sm, tm, s_push, t_push, offset, scale,
+    inverse_t, COLS: tl.constexpr, PIECES: tl.constexpr, VEC: tl.constexpr,
+    REVERSE: tl.constexpr, BACKEND: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of tiles that are held."""
+    zero = zero_after(n_cols, total)[:, None]
+    for i in tl.static_range(PIECES):
+        if i * COLS < n_cols:  # as in `store_held`
+            p, inside = held_tile(i, in_rows[:, None], shift, n_cols, COLS, PIECES, VEC)
+            s = afresh(held_s[i], zero, BACKEND).to(tl.float32)
+            t = afresh(held_t[i], zero, BACKEND).to(tl.float32)
+            d = pair_gradient(s, t, sm, tm, s_push, t_push, offset, scale, inverse_t, REVERSE)
+            tl.store(dx_ptr + dx_row + p.to(tl.int64) * dx_col, d, mask=inside)
+
+
+@triton.jit
 def load_pair(x_ptr, y_ptr, x_offset, y_offset, mask):
     """Tiles of student and teacher, -inf where masked."""
     s = load(x_ptr, x_offset, mask, True, float("-inf"), tl.float32, False)
@@ -285,9 +434,9 @@ def load_pair(x_ptr, y_ptr, x_offset, y_offset, mask):
 def kl_div_kernel(
     x_ptr, y_ptr, dx_ptr, mask_ptr, grad_ptr, state_ptr, outer_shape, n_rows, n_cols, plane, scale, temperature,
     x_strides, y_strides, dx_strides, mask_strides, grad_strides, state_strides,
-    ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, EDGE: tl.constexpr, FITS: tl.constexpr,
-    FORWARD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, GRAD: tl.constexpr,
-    MASKED: tl.constexpr, REVERSE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PIECES: tl.constexpr, VEC: tl.constexpr, EDGE: tl.constexpr,
+    FITS: tl.constexpr, FORWARD: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, GRAD: tl.constexpr,
+    MASKED: tl.constexpr, REVERSE: tl.constexpr, BACKEND: tl.constexpr,
 ):  # fmt: skip
     """KL(p || q) of p = softmax(y / t) and q = softmax(x / t), REVERSE KL(q || p), and its gradient for x times grad.
 
@@ -308,7 +457,8 @@ def kl_div_kernel(
     x_row, shift = align(row_offset(outer, rows, outer_shape, x_strides), VEC)
     y_row, _ = align(row_offset(outer, rows, outer_shape, y_strides), VEC)
     x_col, y_col = x_strides[len(x_strides) - 1], y_strides[len(y_strides) - 1]
-    tile = tl.arange(0, COLS)[None, :]
+    STEP: tl.constexpr = 2 * COLS
+    step = tl.arange(0, STEP)[None, :]
     read = kept[:, None]
     stop = tl.max(tl.where(kept, n_cols + VEC - 1, 0))
 
@@ -324,8 +474,8 @@ def kl_div_kernel(
         tm = tl.load(state + 3 * plane, mask=in_rows, other=0.0)
         tl_ = tl.load(state + 4 * plane, mask=in_rows, other=1.0)
     if FORWARD and not FITS:
-        for start in range(COLS, stop, COLS):
-            p = start + tile
+        for start in range(PIECES * COLS, stop, STEP):
+            p = start + step
             inside = read & main_mask(p, shift, n_cols, n_cols, VEC)
             p = p.to(tl.int64)
             s, t = load_pair(x_ptr, y_ptr, x_row + p * x_col, y_row + p * y_col, inside)
@@ -335,18 +485,22 @@ def kl_div_kernel(
         s_edge, t_edge = load_pair(x_ptr, y_ptr, x_row + e, y_row + e, in_edge & read)
         if FORWARD:
             sm, sl, tm, tl_, total = take_pair(s_edge, t_edge, sm, sl, tm, tl_, total, scale, REVERSE)
-    inside = read & main_mask(tile, shift, n_cols, n_cols, VEC)
-    p = tile.to(tl.int64)
-    s, t = load_pair(x_ptr, y_ptr, x_row + p * x_col, y_row + p * y_col, inside)
+    held_s = hold(x_ptr, x_row, x_col, read, shift, n_cols, COLS, PIECES, VEC)
+    held_t = hold(y_ptr, y_row, y_col, read, shift, n_cols, COLS, PIECES, VEC)
     if FORWARD:
-        sm, sl, tm, tl_, total = take_pair(s, t, sm, sl, tm, tl_, total, scale, REVERSE)
+        sm, sl, tm, tl_, total = take_pair_held(
+            held_s, held_t, n_cols, sm, sl, tm, tl_, total, scale, PIECES, REVERSE, BACKEND
+        )
         if LAST:
             apart = tl.log2(sl / tl_) * LN2
             if FITS and FIRST:  # all of the row is here: term by term, which keeps the most digits
                 sm, tm = finite(sm), finite(tm)
-                total = divergence(s, t, sm, sl, tm, tl_, scale, inverse_t, apart, REVERSE)
+                total = divergence_held(
+                    held_s, held_t, n_cols, sm, sl, tm, scale, inverse_t, apart, PIECES, REVERSE, BACKEND
+                )
                 if EDGE:
-                    total += divergence(s_edge, t_edge, sm, sl, tm, tl_, scale, inverse_t, apart, REVERSE)
+                    total += tl.sum(divergence(s_edge, t_edge, sm, tm, scale, inverse_t, apart, REVERSE), 1)
+                total /= sl if REVERSE else tl_
             else:
                 # exact divisions: the two terms mostly cancel
                 total = tl.div_rn(tl.div_rn(total, sl if REVERSE else tl_), t_row)
@@ -368,15 +522,16 @@ def kl_div_kernel(
         dx_row, _ = align(row_offset(outer, rows, outer_shape, dx_strides), VEC)
         dx_col = dx_strides[len(dx_strides) - 1]
         if EDGE:
-            d = pair_gradient(s_edge, t_edge, sm, tm, s_push, t_push, offset, scale, inverse_t, REVERSE)
-            tl.store(dx_ptr + dx_row + e, d, mask=in_edge & in_rows[:, None])
-        d = pair_gradient(s, t, sm, tm, s_push, t_push, offset, scale, inverse_t, REVERSE)
-        inside = in_rows[:, None] & main_mask(tile, shift, n_cols, n_cols, VEC)
-        tl.store(dx_ptr + dx_row + p * dx_col, d, mask=inside)
+            d_edge = pair_gradient(s_edge, t_edge, sm, tm, s_push, t_push, offset, scale, inverse_t, REVERSE)
+            tl.store(dx_ptr + dx_row + e, d_edge, mask=in_edge & in_rows[:, None])
+        store_pair_held(
+            dx_ptr, dx_row, dx_col, held_s, held_t, shift, n_cols, in_rows, total, sm, tm, s_push, t_push, offset,
+            scale, inverse_t, COLS, PIECES, VEC, REVERSE, BACKEND,
+        )  # fmt: skip
         if not FITS:
-            for start in range(COLS, n_cols + VEC - 1, COLS):
-                inside = in_rows[:, None] & main_mask(start + tile, shift, n_cols, n_cols, VEC)
-                p = (start + tile).to(tl.int64)
+            for start in range(PIECES * COLS, n_cols + VEC - 1, STEP):
+                inside = in_rows[:, None] & main_mask(start + step, shift, n_cols, n_cols, VEC)
+                p = (start + step).to(tl.int64)
                 s, t = load_pair(x_ptr, y_ptr, x_row + p * x_col, y_row + p * y_col, inside & read)
                 d = pair_gradient(s, t, sm, tm, s_push, t_push, offset, scale, inverse_t, REVERSE)
                 tl.store(dx_ptr + dx_row + p * dx_col, d, mask=inside)

@@ -85,13 +85,13 @@ def warp_size() -> int:
     return 32 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size
 
 
-def compiles_to_ptx() -> bool:
-    """Whether Triton compiles for an NVIDIA GPU here."""
+def backend() -> str:
+    """What Triton's compiler is for: "cuda", "hip", ... or "interpreter"."""
     import triton
 
-    if triton.knobs.runtime.interpret:
-        return False
-    return triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return (
+        "interpreter" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
+    )
 
 
 def target_name() -> str:

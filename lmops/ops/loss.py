@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import compiles_to_ptx, define_op, warp_size
-from lmops.ops._rows import NO_FUSION, Geometry, geometry, softmax_tile
+from lmops.ops._register import backend, define_op, warp_size
+from lmops.ops._rows import NO_FUSION, Geometry, Tile, geometry, softmax_tile
 from lmops.ops._strides import row_layout
 from lmops.ops.quantized_embedding import quantized_embedding_forward
 from lmops.ops.quantized_matmul import Quantized
@@ -33,6 +33,8 @@ LOSS, MAX, SUM, TARGET, SMOOTH, SEEN = range(6)
 TEACHER_MAX, TEACHER_SUM = 3, 4
 # elements that the torch functions take at a time, so that their passes stay in the cache
 BLOCK = 1 << 18
+# elements of a tile of rows that do not fit one
+LONG_TILE = 4_096
 # what a linear form allocates at most beyond inputs, results and a few numbers a token, in bytes
 BUDGET = 60_000_000
 CPU_BUDGET = 16_000_000
@@ -311,19 +313,27 @@ def _check_targets(target: Tensor, ignore_index: int, n_classes: int) -> None:
 # --- the launchers for chunks ---
 
 
-def _geometry(full: Sequence[Tensor], per_row: Sequence[Tensor], held: int, more: int) -> Geometry:
-    """For tensors `full` (*rows, columns), of which a program holds `held`, and `per_row` (*rows).
-
-    more: registers an element that a row needs beside, while all of it is held.
-    """
-    n_cols = full[0].shape[-1]
+def _geometry(full: Sequence[Tensor], per_row: Sequence[Tensor]) -> Geometry:
+    """For tensors `full` (*rows, columns) and `per_row` (*rows); rows that are longer than a tile have several."""
     layout = row_layout(full, per_row)
     strides = layout.strides[0]
-    by_column = strides[-2] == 1 and strides[-1] > 1
-    tile = softmax_tile(n_cols, layout.n_rows, held + more, by_column)
-    if not tile.fits:
-        tile = softmax_tile(max(n_cols, 32_769), layout.n_rows, held, by_column)
+    tile = softmax_tile(full[0].shape[-1], layout.n_rows, 1, by_column=strides[-2] == 1 and strides[-1] > 1)
+    if tile.rows * tile.cols > LONG_TILE:
+        tile = Tile(tile.rows, LONG_TILE // tile.rows, False, 512)
     return geometry(full, layout, tile)
+
+
+def _hold(walk: Geometry, x: Tensor, n_tensors: int, registers: int) -> tuple[Geometry, int]:
+    """How many tiles of a row of logits stay in registers from the pass for the statistics to that for the gradient.
+
+    As many as a thread has `registers` for, of n_tensors like x. 512 threads have 128 each; with how many of them held
+    nothing spills was found with `python -m benchmarks.compile_report`.
+    """
+    tile = walk.tile
+    packed = x.element_size() == 2 and walk.vec > 1  # two elements a register
+    a_tile = n_tensors * tile.rows * tile.cols // tile.threads // (1 + packed)
+    pieces = min(-(-x.shape[-1] // tile.cols), max(1, registers // a_tile))
+    return replace(walk, tile=replace(tile, fits=pieces * tile.cols >= x.shape[-1])), pieces
 
 
 @prepared
@@ -336,23 +346,20 @@ def _prepare_cross_entropy(
 
     full = [x] if dx is None else [x, dx]
     per_row = [state[LOSS], target] if grad is None else [state[LOSS], target, grad]
-    # logits of 16 bits take half a register each while they are held
-    roomy = x.element_size() == 2 and o.softcap == o.label_smoothing == 0
-    walk = _geometry(full, per_row, held=1, more=0 if dx is None or roomy else 1)
-    held = walk.tile.cols
-    if roomy and chunk.forward and dx is not None and not walk.tile.fits and walk.vec > 1:
-        # more of a long row is held than is taken at a time, so that less of it is read twice
-        walk = geometry(full, walk.layout, replace(walk.tile, threads=1_024))
-        held = 32_768
+    walk = _geometry(full, per_row)
+    registers = 80
+    if o.label_smoothing or o.softcap:
+        registers = 8 if o.label_smoothing and weight is not None else 32
+    walk, pieces = _hold(walk, x, 1, registers)
     x_strides, *dx_strides = walk.layout.strides[: len(full)]
     state_strides, target_strides, *grad_strides = walk.layout.strides[len(full) :]
     return Launch(
         cross_entropy_kernel, walk.grid, walk.layout.outer_shape, walk.layout.n_rows, x.shape[-1],
         state.stride(0), chunk.first, chunk.n_classes, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap,
         *_scales(o.temperature), x_strides, *(dx_strides or [(0,)]), target_strides, *(grad_strides or [(0,)]),
-        state_strides, **walk.flags, **NO_FUSION, HELD=held, FORWARD=chunk.forward, FIRST=chunk.first == 0,
+        state_strides, **walk.flags, **NO_FUSION, PIECES=pieces, FORWARD=chunk.forward, FIRST=chunk.first == 0,
         LAST=chunk.last, GRAD=dx is not None, WEIGHTED=weight is not None, SMOOTH=o.label_smoothing > 0,
-        SOFTCAP=o.softcap > 0, PACKED=x.element_size() == 2 and walk.vec > 1 and compiles_to_ptx(),
+        SOFTCAP=o.softcap > 0, BACKEND=backend(),
     )  # fmt: skip
 
 
@@ -380,7 +387,10 @@ def _prepare_kl_div(
 
     full = [x, y] if dx is None else [x, y, dx]
     given = [t for t in (mask, grad) if t is not None]
-    walk = _geometry(full, [state[LOSS], *given], held=2, more=2)
+    walk = _geometry(full, [state[LOSS], *given])
+    row = x.shape[-1] * x.element_size()
+    # longer rows need more beside, and rows with edges
+    walk, pieces = _hold(walk, x, 2, 48 if row > 65_536 else 56 if walk.edge else 64)
     x_strides, y_strides, *dx_strides = walk.layout.strides[: len(full)]
     state_strides, *others = walk.layout.strides[len(full) :]
     strides = {id(t): s for t, s in zip(given, others, strict=True)}
@@ -388,8 +398,8 @@ def _prepare_kl_div(
         kl_div_kernel, walk.grid, walk.layout.outer_shape, walk.layout.n_rows, x.shape[-1], state.stride(0),
         _scales(o.temperature)[0], o.temperature, x_strides, y_strides, *(dx_strides or [(0,)]),
         strides.get(id(mask), (0,)), strides.get(id(grad), (0,)), state_strides, **walk.flags, **NO_FUSION,
-        FORWARD=chunk.forward, FIRST=chunk.first == 0, LAST=chunk.last, GRAD=dx is not None, MASKED=mask is not None,
-        REVERSE=o.reverse,
+        PIECES=pieces, FORWARD=chunk.forward, FIRST=chunk.first == 0, LAST=chunk.last, GRAD=dx is not None,
+        MASKED=mask is not None, REVERSE=o.reverse, BACKEND=backend(),
     )  # fmt: skip
 
 

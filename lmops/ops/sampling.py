@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import compiles_to_ptx, define_op, warp_size
+from lmops.ops._register import backend, define_op, warp_size
 from lmops.reference.philox import WORD, philox
 from lmops.reference.sampling import (
     GREEDY_BELOW,
@@ -98,7 +98,7 @@ def _options(tile: Tile) -> dict[str, Any]:
         "num_warps": max(1, tile.threads // warp_size()),
         "enable_fp_fusion": False,  # products and sums are rounded one by one, as on a CPU
     }
-    if compiles_to_ptx():
+    if backend() == "cuda":
         options["maxnreg"] = 128  # all that 512 threads have: without a bound ptxas saves registers, and spills
     return options
 
