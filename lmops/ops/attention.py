@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -580,6 +580,8 @@ def _prepare_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     dbias: Tensor | None, precision: str, *options: Any,
 ) -> _Backward:  # fmt: skip
+    import triton
+
     from lmops.kernels.attention import (
         attention_backward_bias_kernel,
         attention_backward_dkv_kernel,
@@ -592,6 +594,8 @@ def _prepare_backward(
     n_heads, kv_heads, n_batch = q.shape[1], k.shape[1], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
     group = arguments["GROUP"]
     tile = attention_tile("dq", dim, size, opts.max_q, target, tile_column("dq", opts, group, target))
+    if (target, dim, tile.block_n) == ("sm_90", 128, 128) and triton.__version__.startswith("3.6."):
+        tile = replace(tile, block_n=64)  # of 128 keys its assembler serializes the products (C7515)
     descriptors = _suit_descriptors(target, k, v)
     k_form, v_form = (_form(t, tile.block_n) if descriptors else None for t in (k, v))
     to_dq = _launches(
