@@ -80,7 +80,8 @@ def operators() -> dict[str, Call | tuple[Call, Call]]:
     int4_arguments = (int4.packed, int4.scales, int4.zeros, int4.offsets, int4.permutation, int4.format, 128, 4096)
     logits, token = torch.randn(1, 32_000, **half), torch.tensor([5])
     state, one_row, temperatures = torch.ones(5, 1), torch.ones(1), torch.full((1,), 0.8)
-    hidden, head = torch.randn(1, 64), torch.randn(1024, 64)
+    hidden, head, scores = torch.randn(1, 64), torch.randn(1024, 64), torch.randn(1, 1024)
+    to_hidden, to_head = torch.empty_like(hidden), torch.empty_like(head)
     pages = PagedKVCache(64, n_layers=1, n_kv_heads=8, head_dim=128)
     coded = PagedKVCache(64, n_layers=1, n_kv_heads=8, head_dim=128, pages="int8")
     batch = pages.append([pages.new_sequence()], [1])
@@ -90,6 +91,9 @@ def operators() -> dict[str, Call | tuple[Call, Call]]:
 
     def mean() -> Tensor:
         return one_row.sum() / (token != -100).count_nonzero()
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        return torch.mm(scores, head, out=to_hidden), torch.mm(scores.t(), hidden, out=to_head)
 
     return {
         "softmax": lambda: lmops.softmax(x),
@@ -148,13 +152,26 @@ def operators() -> dict[str, Call | tuple[Call, Call]]:
         "kl_div": (lambda: lmops.kl_div(logits, logits), lambda: one_row.sum().to(torch.float16)),
         "kl_div with its gradient": lambda: ops.kl_div_forward(logits, logits, None, one_row, logits, 1.0, False),
         "kl_div backward": lambda: ops.kl_div_backward(logits, logits, None, one_row, state, logits, 1.0, False),
+        "scale_unless_one": lambda: ops.scale_unless_one(scores, one_row),
         "linear_cross_entropy": (
             lambda: lmops.linear_cross_entropy(hidden, head, token),
             lambda: (F.linear(hidden, head), mean()),
         ),
+        "linear_cross_entropy backward": (
+            lambda: ops.linear_cross_entropy_backward(
+                hidden, head, None, token, None, one_row, state[:3], [True, True, False], -100, 0.0, 0.0, 0.0, 1.0
+            ),
+            lambda: (F.linear(hidden, head), *gradients()),
+        ),
         "linear_kl_div": (
             lambda: lmops.linear_kl_div(hidden, head, hidden, head),
             lambda: (F.linear(hidden, head), F.linear(hidden, head), one_row.sum()),
+        ),
+        "linear_kl_div backward": (
+            lambda: ops.linear_kl_div_backward(
+                hidden, head, None, hidden, head, None, None, one_row, state, [True, True, False], 1.0, False
+            ),
+            lambda: (F.linear(hidden, head), F.linear(hidden, head), *gradients()),
         ),
     }
 

@@ -490,14 +490,25 @@ def _kl_div_backward(
         )
 
 
-def _scale_launch(x: Tensor, factor: Tensor) -> None:
+@prepared
+def _prepare_scale(x: Tensor, factor: Tensor) -> Launch | None:
+    """None where x has gaps, which are not ours."""
     from lmops.kernels.loss import scale_kernel
 
-    if torch.empty_like(x, device="meta").stride() != x.stride():  # there are gaps, which are not ours
+    if torch.empty_like(x, device="meta").stride() != x.stride():
+        return None
+    block = 16_384
+    return Launch(scale_kernel, (-(-x.numel() // block),), x.numel(), BLOCK=block, num_warps=512 // warp_size())
+
+
+def _scale_launch(x: Tensor, factor: Tensor) -> None:
+    if not x.numel():
+        return
+    launch = _prepare_scale(x, factor)
+    if launch is None:
         x.mul_(factor)
-    elif x.numel():
-        block = 16_384
-        scale_kernel[(-(-x.numel() // block),)](x, factor, x.numel(), BLOCK=block, num_warps=512 // warp_size())
+    else:
+        launch(x, factor)
 
 
 def _scale_torch(x: Tensor, factor: Tensor) -> None:
