@@ -458,6 +458,36 @@ def test_rope_and_residuals_of_transformers(family):
     assert not [name for name, module in model.named_modules() if "forward" in module.__dict__]
 
 
+def test_residuals_of_gpt2():
+    """Logits, gradients, generation with a cache; layers whose norm is skipped, or has a hook, stay themselves."""
+    model, ids = llama("GPT2"), TOKENS.clamp(min=3)
+    before = model(ids, labels=ids)
+    before.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    words = model.generate(ids, max_new_tokens=6, do_sample=False)
+    report = lmops.optimize(model, skip=["h.1.ln_2"], verify={"input_ids": ids})
+    blocks = [name for name, what in items(report).items() if what == "layer_norm with the residual"]
+    assert blocks == ["transformer.h.0"]
+    with torch.profiler.profile() as profile:
+        after = model(ids, labels=ids)
+        after.loss.backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["lmops::norm_forward"] == 4  # two layers' first, one's second with its sum, the last
+    torch.testing.assert_close(after.logits, before.logits, rtol=1e-4, atol=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-3, atol=1e-5)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), words)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids).logits, before.logits, rtol=1e-4, atol=1e-5)
+    seen = []
+    model.transformer.h[0].ln_2.register_forward_hook(lambda module, args, y: seen.append(type(y)))
+    torch.testing.assert_close(model(ids).logits, before.logits, rtol=1e-4, atol=1e-5)
+    assert seen == [torch.Tensor]
+    lmops.restore(model)
+    assert not [name for name, module in model.named_modules() if "forward" in module.__dict__]
+
+
 def test_a_layer_with_another_rotation_is_reported(monkeypatch):
     model = llama()
     scope = type(model.model.layers[0].self_attn).forward.__globals__

@@ -66,8 +66,8 @@ def optimize(
         forward of other modules.
     softmax: torch.nn.Softmax and LogSoftmax, and the functions in the forward of other modules.
     norm: torch.nn.LayerNorm and RMSNorm, in transformers RMSNorms and the gated activations of MLPs (SwiGLU, GeGLU)
-        and RoPE where a trial gives the same result, the sum before a norm in layers built as Llama's are, and the
-        functions in the forward of other modules.
+        and RoPE where a trial gives the same result, the sum before a norm in layers built as Llama's or GPT-2's are,
+        and the functions in the forward of other modules.
     loss: torch.nn.CrossEntropyLoss, the losses of transformers' causal and masked language models, and cross_entropy in
         the forward of other modules.
     linear: "int4" or "int8" weights, with a scale and a zero point for every group_size columns; "fp8", with a scale a

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lmops.integrations.edits import ATTENTION, GATED, LOSS, NORM, Work
 from lmops.integrations.layers import named_forward, names_in
 from lmops.ops.activation import geglu, swiglu
-from lmops.ops.norm import rms_norm
+from lmops.ops.norm import layer_norm, rms_norm
 from lmops.ops.rope import rope
 
 
@@ -43,7 +43,7 @@ def transformers_layers(work: Work, kinds: set[str]) -> None:
                     elif ROTATION in _globals_of(layer) and not work.skipped(inner):
                         _transformers_rope(work, inner, layer)
                 for inner, layer in module.named_modules(prefix=name):  # whose norms have been decided on
-                    if set(layer._modules) == BLOCK and not work.skipped(inner):
+                    if set(layer._modules) in (BLOCK, GPT2_BLOCK) and not work.skipped(inner):
                         _transformers_block(work, inner, layer)
 
 
@@ -214,6 +214,7 @@ def _transformers_rope(work: Work, name: str, module: Any) -> None:
 
 # the children of a layer x + mlp(norm(x)) after x + attention(norm(x)), as Llama's and many others are
 BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+GPT2_BLOCK = {"attn", "mlp", "ln_1", "ln_2"}  # likewise, with LayerNorm
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -237,14 +238,49 @@ def _block_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
     return residual + self.mlp(y)
 
 
+@named_forward
+def _gpt2_block_forward(
+    self: Any,
+    hidden_states: Tensor,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    use_cache: bool | None = False,
+    **kwargs: Any,
+) -> Tensor:
+    norm, given = self.ln_2, {"past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}
+    checkpointing = self.training and getattr(self, "gradient_checkpointing", False)
+    if checkpointing or encoder_hidden_states is not None or norm.weight.dtype != hidden_states.dtype or _hooked(norm):
+        others = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+        return type(self).forward(self, hidden_states, use_cache=use_cache, **others, **given)
+    attended, _ = self.attn(self.ln_1(hidden_states), use_cache=use_cache, **given)
+    if attended.dtype == hidden_states.dtype:
+        y, residual = layer_norm(attended, norm.weight, norm.bias, norm.eps, residual=hidden_states)
+    else:  # under autocast
+        residual = hidden_states + attended
+        y = norm(residual)
+    return residual + self.mlp(y)
+
+
 def _transformers_block(work: Work, name: str, block: Any) -> None:
-    """Add attention's result and normalize the sum in one pass, in layers whose code is that of Llama's."""
+    """Add attention's result and normalize the sum in one pass, in layers whose code is that of Llama's or GPT-2's."""
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    codes: list[Any] = [inspect.unwrap(kind.forward).__code__ for kind in (type(block), LlamaDecoderLayer)]
+    if set(block._modules) == BLOCK:
+        known: Any = LlamaDecoderLayer
+        ours, what = _block_forward, "rms_norm with the residual"
+        replaced = "_lmops_eps" in block.post_attention_layernorm.__dict__
+    else:
+        known, ours, what = GPT2Block, _gpt2_block_forward, "layer_norm with the residual"
+        norm = block.ln_2
+        replaced = type(norm).forward is nn.LayerNorm.forward and norm.weight is not None
+        replaced = replaced and "forward" not in norm.__dict__ and not work.skipped(f"{name}.ln_2")
+    codes: list[Any] = [inspect.unwrap(kind.forward).__code__ for kind in (type(block), known)]
     same = len({(code.co_code, code.co_names, code.co_varnames) for code in codes}) == 1
-    if same and "_lmops_eps" in block.post_attention_layernorm.__dict__:
-        work.replace_forward(name, block, _block_forward, "rms_norm with the residual", NORM)
+    if same and replaced:
+        work.replace_forward(name, block, ours, what, NORM)
 
 
 def _transformers_loss(work: Work, name: str, model: Any) -> None:
