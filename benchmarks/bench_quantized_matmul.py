@@ -32,15 +32,19 @@ LAYERS = {  # (n_out, n_in)
 }
 
 
+def shape_of(layer: str, device: torch.device) -> tuple[int, int]:
+    """(n_out, n_in) of a layer; on a CPU at most 4,096 of each."""
+    n_out, n_in = LAYERS[layer]
+    return (min(n_out, 4_096), min(n_in, 4_096)) if device.type == "cpu" else (n_out, n_in)
+
+
 def benchmark(layer: str, bits: int, group_size: int) -> Benchmark:
-    """A layer with a quantized weight; on a CPU at most 4,096 by 4,096 of it."""
+    """A layer with a quantized weight."""
     kept, repacked = WeakIdKeyDictionary(), WeakIdKeyDictionary()
 
     def inputs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """x, the dequantized weight, the packed one, and where torch has a kernel: the same codes as it packs them."""
-        n_out, n_in = LAYERS[layer]
-        if device.type == "cpu":
-            n_out, n_in = min(n_out, 4_096), min(n_in, 4_096)
+        n_out, n_in = shape_of(layer, device)
         w = torch.randn(n_out, n_in, device=device).mul_(0.02)
         q = QuantizedTensor.quantize(w, bits, group_size, scale_dtype=dtype)
         tensors = [torch.randn(size, n_in, device=device).to(dtype), q.dequantize(dtype), q.packed, q.scales]
@@ -101,9 +105,7 @@ def benchmark_w8a8(layer: str) -> Benchmark:
 
     def inputs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """x, the dequantized weight, the packed one, its codes (n_out, n_in)."""
-        n_out, n_in = LAYERS[layer]
-        if device.type == "cpu":
-            n_out, n_in = min(n_out, 4_096), min(n_in, 4_096)
+        n_out, n_in = shape_of(layer, device)
         q = QuantizedTensor.quantize(torch.randn(n_out, n_in, device=device).mul_(0.02), 8, -1, scale_dtype=dtype)
         codes = torch.randint(-127, 128, (size, n_in), device=device)
         codes[:, 0] = 127

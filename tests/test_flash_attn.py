@@ -302,6 +302,25 @@ def test_what_changes_nothing(path):
 
 
 @pytest.mark.fake_tensors
+def test_a_step_over_a_cache_compiles_whole(path):
+    q, (k, v) = torch.randn(2, 1, 4, 32), torch.randn(2, 2, 1, 2, 32)
+    lengths, results = torch.tensor([5, 9], dtype=torch.int32), []
+
+    def step(q, k, v, k_cache, v_cache, lengths):
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True)
+
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        caches = [torch.zeros(2, 64, 2, 32, device=path.device) for _ in range(2)]
+        tensors = [t.to(path.device) for t in (q, k, v)]
+        results.append((run(*tensors, *caches, lengths.to(path.device)), *caches))
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+    for cache, rows in zip(results[0][1:], (k, v), strict=True):
+        assert torch.equal(cache[0, 5].cpu(), rows[0, 0])
+        assert torch.equal(cache[1, 9].cpu(), rows[1, 0])
+
+
+@pytest.mark.fake_tensors
 def test_compile_fullgraph(path):
     cu, longest = offsets([4, 7], path.device)
 
