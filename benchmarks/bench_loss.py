@@ -14,13 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Benchmark, Variant, table
-from lmops.ops.loss import (
-    _head_blocks,
-    cross_entropy,
-    kl_div,
-    linear_cross_entropy,
-    linear_kl_div,
-)
+from lmops.ops.linear_loss import _head_blocks, linear_cross_entropy, linear_kl_div
+from lmops.ops.loss import cross_entropy, kl_div
 
 SIZES = (32_000, 50_257, 128_256)
 

@@ -7,7 +7,8 @@ from lmops.models import GPT, GPTConfig, load
 from lmops.ops.activation import geglu, swiglu
 from lmops.ops.attention import scaled_dot_product_attention
 from lmops.ops.int8_matmul import int8_matmul
-from lmops.ops.loss import cross_entropy, kl_div, linear_cross_entropy, linear_kl_div
+from lmops.ops.linear_loss import linear_cross_entropy, linear_kl_div
+from lmops.ops.loss import cross_entropy, kl_div
 from lmops.ops.norm import layer_norm, rms_norm
 from lmops.ops.paged_attention import paged_attention
 from lmops.ops.paged_cache import KVPages, store_kv

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 import lmops
 from lmops.modules import CrossEntropyLoss, LinearCrossEntropy
+from lmops.ops import linear_loss
 from lmops.ops import loss as ops
 from lmops.ops._register import OPERATORS
-from lmops.ops.loss import Blocks, linear_blocks
+from lmops.ops.linear_loss import Blocks, linear_blocks
 from lmops.ops.softmax import softmax_tile
 from lmops.quantization import QuantizedTensor
 from lmops.reference import loss as reference
@@ -489,7 +490,7 @@ def test_kl_div_inplace_backward(path):
 def blocks_of(tokens, classes):
     """Small blocks, so that small inputs have several of them, with shorter ones at the ends."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_head_blocks", lambda *_: Blocks(tokens, classes))
+        patch.setattr(linear_loss, "_head_blocks", lambda *_: Blocks(tokens, classes))
         yield
 
 
@@ -537,7 +538,7 @@ def test_linear_gradients_that_are_wanted(path, wanted):
 
     hidden, weight, bias = tensors
     options = (-100, 0.0, 0.0, 0.0, 1.0)
-    state = ops.linear_cross_entropy_forward(hidden, weight, bias, target, None, *options)
+    state = linear_loss.linear_cross_entropy_forward(hidden, weight, bias, target, None, *options)
     backward = implementation_of("linear_cross_entropy_backward", path)
     with Products() as products:
         backward(hidden, weight, bias, target, None, torch.ones_like(state[0]), state, list(wanted), *options)
@@ -709,7 +710,7 @@ def test_memory_of_the_linear_form(path, dtype, factor):
     gradients = hidden.nbytes + weight.nbytes + bias.nbytes
     assert gradients + logits + sums <= backward.most <= gradients + logits + sums + more
     assert backward.most < 4 * n * classes  # all logits would be more
-    ops.linear_cross_entropy_forward(hidden, weight, bias, target, None, *options)
+    linear_loss.linear_cross_entropy_forward(hidden, weight, bias, target, None, *options)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -717,9 +718,10 @@ def test_memory_with_a_quantized_head(path, head, monkeypatch):
     """The largest allocation is a chunk of the weight, of 16 classes."""
     n, d, classes, options = 8, 64, 160, (-100, 0.0, 0.0, 0.0, 1.0)
     hidden, weight, bias, target = (t.to(path.device) for t in linear(n, d, classes))
-    codes, quantized = ops._arguments(QuantizedTensor.quantize(weight, **HEADS[head]))
-    monkeypatch.setattr(ops, "quantized_embedding_forward", implementation_of("quantized_embedding_forward", path))
-    monkeypatch.setattr(ops, "PIECE", 2 * d)
+    codes, quantized = linear_loss._arguments(QuantizedTensor.quantize(weight, **HEADS[head]))
+    dequantize = implementation_of("quantized_embedding_forward", path)
+    monkeypatch.setattr(linear_loss, "quantized_embedding_forward", dequantize)
+    monkeypatch.setattr(linear_loss, "PIECE", 2 * d)
     forward, backward = (implementation_of(f"linear_cross_entropy_{way}", path) for way in ("forward", "backward"))
     with blocks_of(8, 16), Allocations() as allocations:
         state = forward(hidden, codes, bias, target, None, *options, *quantized)
@@ -728,7 +730,7 @@ def test_memory_with_a_quantized_head(path, head, monkeypatch):
     assert allocations.largest == 16 * d * 4
     # all that lives at once: the chunk, its logits, a piece of it, the gradients, and statistics of the tokens
     assert allocations.most < weight.nbytes / 2
-    ops.linear_cross_entropy_forward(hidden, codes, bias, target, None, *options, *quantized)
+    linear_loss.linear_cross_entropy_forward(hidden, codes, bias, target, None, *options, *quantized)
 
 
 def test_memory_at_the_size_that_is_promised():
@@ -743,7 +745,7 @@ def test_memory_at_the_size_that_is_promised():
         ([(hidden, weight.float())], (True, True, True)),
         ([(hidden, quantized)], (True, False, True)),
     ):
-        blocks = ops._head_blocks(heads, wanted)
+        blocks = linear_loss._head_blocks(heads, wanted)
         logits = len(heads) * blocks.tokens * blocks.classes * 2
         sums = blocks.tokens * 4_096 * (4 + 2) if wanted[0] else 0
         chunks = {weight: 0, quantized: 1}.get(heads[0][1], 2)  # of the weight, and of its gradient
@@ -838,13 +840,16 @@ def test_opcheck(path):
     state = ops.kl_div_state(x, x.sin(), None, 0.7, True)
     check(ops.kl_div_backward, (x, x.sin(), None, g, state, torch.zeros_like(x), 0.7, True))
     hidden, weight, bias = (t.to(path.device) for t in linear(3, 4, 5)[:3])
-    check(ops.linear_cross_entropy_forward, (hidden, weight, bias, y, w, *options))
-    state = ops.linear_cross_entropy_forward(hidden, weight, None, y, None, *options)
-    check(ops.linear_cross_entropy_backward, (hidden, weight, None, y, None, g, state, [True, True, False], *options))
+    check(linear_loss.linear_cross_entropy_forward, (hidden, weight, bias, y, w, *options))
+    state = linear_loss.linear_cross_entropy_forward(hidden, weight, None, y, None, *options)
+    check(
+        linear_loss.linear_cross_entropy_backward,
+        (hidden, weight, None, y, None, g, state, [True, True, False], *options),
+    )
     heads = (hidden, weight, bias, hidden.sin(), weight, None, mask)
-    check(ops.linear_kl_div_forward, (*heads, 0.7, False))
-    state = ops.linear_kl_div_forward(*heads, 0.7, False)
-    check(ops.linear_kl_div_backward, (*heads, g, state, [True, False, True], 0.7, False))
+    check(linear_loss.linear_kl_div_forward, (*heads, 0.7, False))
+    state = linear_loss.linear_kl_div_forward(*heads, 0.7, False)
+    check(linear_loss.linear_kl_div_backward, (*heads, g, state, [True, False, True], 0.7, False))
 
 
 @pytest.mark.fake_tensors
@@ -872,17 +877,17 @@ def test_compile_fullgraph(path):
 @pytest.mark.parametrize("head", HEADS)
 def test_opcheck_with_a_quantized_head(path, head):
     hidden, weight, bias, y = (t.to(path.device) for t in linear(3, 32, 48))
-    codes, quantized = ops._arguments(QuantizedTensor.quantize(weight, **HEADS[head]))
+    codes, quantized = linear_loss._arguments(QuantizedTensor.quantize(weight, **HEADS[head]))
     options, grad = (-100, 0.1, 0.0, 0.0, 1.0), torch.rand(3, device=path.device)
     inputs = hidden, codes, bias, y, None
     check, wanted = torch.library.opcheck, [True, False, True]
-    check(ops.linear_cross_entropy_forward, (*inputs, *options, *quantized))
-    state = ops.linear_cross_entropy_forward(*inputs, *options, *quantized)
-    check(ops.linear_cross_entropy_backward, (*inputs, grad, state, wanted, *options, *quantized))
+    check(linear_loss.linear_cross_entropy_forward, (*inputs, *options, *quantized))
+    state = linear_loss.linear_cross_entropy_forward(*inputs, *options, *quantized)
+    check(linear_loss.linear_cross_entropy_backward, (*inputs, grad, state, wanted, *options, *quantized))
     heads = hidden, codes, bias, hidden.sin(), codes, None, None
-    check(ops.linear_kl_div_forward, (*heads, 0.7, False, *quantized, *quantized))
-    state = ops.linear_kl_div_forward(*heads, 0.7, False, *quantized, *quantized)
-    check(ops.linear_kl_div_backward, (*heads, grad, state, wanted, 0.7, False, *quantized, *quantized))
+    check(linear_loss.linear_kl_div_forward, (*heads, 0.7, False, *quantized, *quantized))
+    state = linear_loss.linear_kl_div_forward(*heads, 0.7, False, *quantized, *quantized)
+    check(linear_loss.linear_kl_div_backward, (*heads, grad, state, wanted, 0.7, False, *quantized, *quantized))
 
 
 @pytest.mark.fake_tensors

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lmops.models import GPT, GPTConfig
 from lmops.modules import LoRALinear, QuantLinear
-from lmops.ops.loss import linear_cross_entropy
+from lmops.ops.linear_loss import linear_cross_entropy
 from lmops.quantization import QuantizedTensor, quantize_model
 from lmops.testing import assert_accurate
 

@@ -41,7 +41,7 @@ from torch import Tensor
 from lmops.cache import PagedBatch
 from lmops.models.config import GPTConfig, RopeScaling
 from lmops.ops.attention import attention
-from lmops.ops.loss import linear_cross_entropy
+from lmops.ops.linear_loss import linear_cross_entropy
 
 __all__ = ["GPT", "GPTConfig", "KVCache", "RopeScaling"]
 

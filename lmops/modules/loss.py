@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmops.ops.loss import cross_entropy, linear_cross_entropy
+from lmops.ops.linear_loss import linear_cross_entropy
+from lmops.ops.loss import cross_entropy
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
