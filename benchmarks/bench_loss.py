@@ -149,6 +149,8 @@ COMPILE = [
     Variant("loss-fp32-128256-everything", passes(64, 128_256, fp32, **ALL), wide=0.75),
     Variant("loss-fp16-32767", passes(512, 32_767, half), wide=0.5),
     Variant("loss-bf16-50257-none", passes(512, 50_257, bf16, reduction="none"), wide=0.6),
+    Variant("loss-bf16-90001-everything", passes(64, 90_001, bf16, **ALL), wide=0.75),
+    Variant("loss-bf16-16383-weights", passes(64, 16_383, bf16, weight=torch.empty(16_383), **ALL)),
     Variant("loss-bf16-50257-weights", passes(64, 50_257, bf16, weight=torch.empty(50_257), **ALL)),
     Variant("loss-fp32-40959", passes(64, 40_959, fp32), wide=0.75),
     Variant("loss-fp32-16383-everything", passes(64, 16_383, fp32, **ALL), wide=0.6),

@@ -133,12 +133,13 @@ def take_held(
     below = tl.zeros(held[0].shape, tl.float32)
     for i in tl.static_range(PIECES):
         zero = zero_after(n_cols, sums) if SMOOTH or SOFTCAP else n_cols >> 31
-        u = cap(afresh(held[i], zero, BACKEND).to(tl.float32), softcap, SOFTCAP)
-        sums += tl.exp2((u - peak[:, None]) * scale[:, None])
-        if SMOOTH:
-            p, inside = held_tile(i, read, shift, n_cols, COLS, PIECES, VEC)
-            w = class_weights(weight_ptr, p - shift, inside, WEIGHTED)
-            below += tl.where(inside, w * (u - base[:, None]), 0.0)
+        if not (SMOOTH or SOFTCAP) or i * COLS < n_cols:  # always: a branch, as in `store_held`
+            u = cap(afresh(held[i], zero, BACKEND).to(tl.float32), softcap, SOFTCAP)
+            sums += tl.exp2((u - peak[:, None]) * scale[:, None])
+            if SMOOTH:
+                p, inside = held_tile(i, read, shift, n_cols, COLS, PIECES, VEC)
+                w = class_weights(weight_ptr, p - shift, inside, WEIGHTED)
+                below += tl.where(inside, w * (u - base[:, None]), 0.0)
     if SMOOTH:
         smooth += tl.sum(below, 1)
     return m, l * tl.exp2((before - peak) * scale) + tl.sum(sums, 1), smooth, base

@@ -337,7 +337,7 @@ def _prepare_cross_entropy(
     walk = _geometry(full, per_row)
     registers = 80
     if o.label_smoothing or o.softcap:
-        registers = 8 if o.label_smoothing and weight is not None else 32
+        registers = 16 if o.label_smoothing and weight is not None else 48 if o.label_smoothing and o.softcap else 52
     walk, pieces = _hold(walk, x, 1, registers)
     x_strides, *dx_strides = walk.layout.strides[: len(full)]
     state_strides, target_strides, *grad_strides = walk.layout.strides[len(full) :]
