@@ -969,6 +969,13 @@ def test_bytes_moved(launches, n_cols, backward):
     assert launch.c["global_st_bytes"] == (x.nbytes if backward else 0) + rows * 12
 
 
+@pytest.mark.parametrize("options", [{"softcap": 30.0}, {"label_smoothing": 0.1}], ids=lambda o: next(iter(o)))
+def test_bytes_moved_with_options(launches, options):
+    x = torch.randn(2, 50_257).bfloat16().requires_grad_()
+    lmops.cross_entropy(x, targets((2,), 50_257, 0), **options)
+    check_traffic(launches[0], 2, 50_257, x.nbytes, 1, True)
+
+
 def check_traffic(launch, rows, n_cols, read, times, backward):
     """Sectors of 32 bytes and requests of 512 for `read` bytes of 2-byte rows, most of them `times` times.
 
