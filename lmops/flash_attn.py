@@ -388,7 +388,7 @@ def _attention(
     **packing: Any,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """lmops' attention on views, heads before positions; with `packing` a batch of 1. The results as flash-attn's."""
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
+    if softmax_scale is not None and not -math.inf < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale must be finite, or None for 1 / sqrt(headdim), got {softmax_scale}")
     left, right = check_window(window_size, "window_size")
     if packing:

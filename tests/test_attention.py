@@ -457,6 +457,19 @@ def test_what_is_hidden_may_hold_anything(path, value, kind):
     assert out.cpu()[:, :, seen].isnan().all(-1).all()
 
 
+@pytest.mark.parametrize(("Sq", "Sk", "right"), [(1, 1, None), (1, 9, None), (9, 9, None), (9, 9, 0), (70, 70, 0)])
+def test_a_query_of_nan_gives_nan(path, Sq, Sk, right):
+    """All scores of its row are NaN, of which torch's attention for CPUs makes 0."""
+    q, k, v = (t.to(path.device) for t in make(Sq=Sq, Sk=Sk, D=16))
+    expected, lse = attention(q, k, v, right=right)
+    q[:, :, 0] = float("nan")
+    out, actual = attention(q, k, v, right=right)
+    assert out[:, :, 0].isnan().all()
+    assert actual[:, :, 0].isnan().all()
+    torch.testing.assert_close(out[:, :, 1:], expected[:, :, 1:])
+    torch.testing.assert_close(actual[:, :, 1:], lse[:, :, 1:])
+
+
 def test_padding_keys_have_no_gradient(path):
     q, k, v = make(B=1, H=2, KV=2, Sq=20, Sk=40, D=16)
     mask = (torch.arange(40) < 25).to(path.device)
@@ -658,6 +671,15 @@ def test_compile_fullgraph(path):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.fake_tensors
+def test_compile_with_sizes_that_vary(path):
+    """A head_dim that torch.compile makes a variable leaves the scale one."""
+    compiled = torch.compile(lmops.scaled_dot_product_attention, fullgraph=True, dynamic=True)
+    for length, dim in ((9, 16), (17, 8)):
+        q, k, v = torch.randn(3, 1, 2, length, dim, device=path.device)
+        torch.testing.assert_close(compiled(q, k, v), lmops.scaled_dot_product_attention(q, k, v))
+
+
 def test_second_derivative_is_refused(path):
     q, k, v = (t.to(path.device).requires_grad_() for t in make(B=1, Sq=3, Sk=3, D=16))
     (dq,) = torch.autograd.grad(attention(q, k, v)[0].square().sum(), q, create_graph=True)
@@ -775,6 +797,10 @@ def flat(cu_q=CU, cu_k=CU, t=T[:1], **options):
         (lambda: lmops.scaled_dot_product_attention(T, T, T, window=(1.5, 2)), ValueError, "window must be a pair"),
         (lambda: lmops.scaled_dot_product_attention(T, T, T, window=(-2, 2)), ValueError, "at least 0, or -1"),
         (lambda: lmops.scaled_dot_product_attention(T, T[0], T[0]), ValueError, "equally many dimensions, got 4, 3"),
+        (lambda: lmops.scaled_dot_product_attention(*[T[0]] * 3, T), ValueError, r"broadcast to \(4, 5, 5\), got"),
+        (lambda: lmops.scaled_dot_product_attention(*[T[None]] * 3, torch.zeros(3, 2, 4, 5, 5)), ValueError,
+         r"attn_mask must broadcast to \(1, 2, 4, 5, 5\), got"),
+        (lambda: attention(T, T, T, bias=torch.zeros(5, 5).double()), TypeError, "attn_mask .*, got torch.float64"),
     ],
 )  # fmt: skip
 def test_errors(call, error, message):
@@ -789,6 +815,12 @@ def test_autocast(path):
     expected = lmops.scaled_dot_product_attention(*(t.bfloat16() for t in (q, k, v)), enable_gqa=True)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected)
+
+
+def test_autocast_leaves_float64():
+    q, k, v = (t.double() for t in make(Sq=9, Sk=9, D=16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lmops.scaled_dot_product_attention(q, k, v, enable_gqa=True).dtype == torch.float64
 
 
 def test_tiles_fit_small_shared_memory():

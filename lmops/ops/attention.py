@@ -102,7 +102,8 @@ def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, for_backward: bool, *options: 
 def attention_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     if _is_plain(q, k, v, options):  # which decoding a token is, where microseconds count
         out, lse = _torch_forward(q, k, v, 0.0, False, attn_mask=None, scale=options[8])
-        return out, lse if q.shape[2] == 1 else lse.contiguous()
+        if not _hides_nan(q, k, lse):
+            return out, lse
     opts = Options(*options)
     out, lse, _ = _forward_fake(q, k, v, False)
     if out.numel() == 0:
@@ -140,11 +141,16 @@ def attention_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
         causal, mask = _torch_mask(q, k, opts)
         o, l = _torch_forward(*_same_dim(q, k, v), 0.0, causal, attn_mask=mask, scale=opts.scale)
     o = o[..., : v.shape[-1]]
-    if (causal or mask is not None) and o.sum().isnan():  # what is masked may hold NaN
+    if ((causal or mask is not None) and o.sum().isnan()) or _hides_nan(q, k, l):  # what is masked may hold NaN
         o, l = reference(q, k, v, **_reference_options(q, k, opts))
     elif mask is not None:
         l = l.masked_fill((mask == NEG_INF).all(-1), NEG_INF)
     return o if o.stride() == out.stride() else out.copy_(o), l.contiguous()
+
+
+def _hides_nan(q: Tensor, k: Tensor, lse: Tensor) -> bool:
+    """Whether torch gave 0 for NaN: to a row all of whose scores are NaN it gives 0, and as its LSE too."""
+    return not lse.all() and not (q.isfinite().all() and k.isfinite().all())
 
 
 def _causal(tensors: Sequence[Tensor], shift: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -732,7 +738,7 @@ def attention(
     offsets are cut to the tensors, and queries beyond max_seqlen_q are not computed.
 
     Returns (B, H, Sq, Dv) in the query's dtype and (B, H, Sq) in float32, natural logarithm, sink included.
-    Under torch.autocast query, key and value are cast to its dtype.
+    Under torch.autocast query, key and value are cast to its dtype (not float64).
     A row that sees no key gives 0 and -inf (or the sink), and no gradient. NaN and inf in keys and values that a row
     does not see do not reach it; NaN in those that it sees makes it NaN.
     The method is FlashAttention-2 (arXiv 2307.08691): memory is linear in Sq and Sk. No atomics: repeatable bitwise.
@@ -741,7 +747,7 @@ def attention(
     kind = query.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         autocast = torch.get_autocast_dtype(kind)
-        query, key, value = (t.to(autocast) if t.is_floating_point() else t for t in (query, key, value))
+        query, key, value = (t.to(autocast) if t.dtype in FLOATS else t for t in (query, key, value))
     n_batch, n_heads = _check_tensors(query, key, value)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed:
@@ -763,7 +769,7 @@ def attention(
     if softcap is not None and not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be positive, or None or 0 for none, got {softcap}")
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # torch.compile has no isfinite of a number that varies
         raise ValueError(f"scale must be finite, got {scale}")
     if packed:  # of sequences of any length up to the longest
         left, right = (None if bound is None or bound >= max_q + max_k else bound for bound in (left, right))
@@ -872,8 +878,11 @@ def _check_packed(
 def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The bias as 4-D: each size 1 or that of the scores."""
     full = (*query.shape[:3], key.shape[2])
-    if bias.dtype != torch.bool and not bias.is_floating_point():
-        raise TypeError(f"attn_mask must be boolean (True is visible) or floating-point, got {bias.dtype}")
+    if bias.dtype not in (torch.bool, query.dtype, *FLOATS):
+        raise TypeError(
+            f"attn_mask must be boolean (True is visible), float16, bfloat16, float32 or {query.dtype} like query,"
+            f" got {bias.dtype}"
+        )
     if bias.device != query.device:
         raise TypeError(f"attn_mask must be on {query.device} like query, got {bias.device}")
     if bias.ndim > 4 or any(b not in (1, n) for b, n in zip(bias.shape[::-1], full[::-1], strict=False)):
@@ -925,7 +934,12 @@ def scaled_dot_product_attention(
         )
     shape = query.shape[:-1]
     if query.ndim != 4:
-        if attn_mask is not None and attn_mask.ndim > 3:
+        if attn_mask is not None and attn_mask.ndim > min(query.ndim, 3):
+            full = (*query.shape[:-1], key.shape[-2])
+            if attn_mask.ndim > query.ndim or any(
+                b not in (1, n) for b, n in zip(attn_mask.shape[::-1], full[::-1], strict=False)
+            ):
+                raise ValueError(f"attn_mask must broadcast to {full}, got shape {tuple(attn_mask.shape)}")
             attn_mask = attn_mask.expand(*query.shape[:-3], *attn_mask.shape[-3:]).flatten(0, -4)
         query, key, value = (t.flatten(0, -4) if t.ndim > 4 else t[(None,) * (4 - t.ndim)] for t in (query, key, value))
     if not enable_gqa and key.ndim == 4 and key.shape[1] != query.shape[1]:

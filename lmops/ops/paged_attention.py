@@ -503,7 +503,7 @@ def paged_attention_of_tokens(
     if softcap is not None and not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be positive, or None or 0 for none, got {softcap}")
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     left, right = window
     if causal:
