@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import lmops
 from lmops.modules import Sampler
-from lmops.ops.sampling import filter_op, sample_op, sampling_tile, verify_op
+from lmops.ops.sampling import _draw_unfiltered, filter_op, sample_op, sampling_tile, verify_op
 from lmops.reference import sampling as reference
 from lmops.testing import LAYOUTS, arrange, assert_accurate, implementation
 
@@ -139,6 +139,18 @@ def test_kernel_has_the_same_bits(path):
     seed, offset = torch.tensor([[seed]]), torch.tensor([[offset]])
     assert torch.equal(by_tile.cpu(), reference.noise_of_all(n, seed, offset, 0)[0])
     assert torch.equal(by_id.cpu(), reference.noise(torch.arange(n)[None], seed, offset, 0)[0])
+
+
+@pytest.mark.parametrize("scale", [0, 1e-3, 3, 1e4, 1e38])
+def test_the_cpu_finds_the_largest_of_all_noise(scale):
+    """It forms the noise of few tokens only: with many rows, equal logits, and words from both ends of their range."""
+    z = torch.cat([torch.randn(400, 3_000), awkward(200, 3_000)]) * scale
+    z = z.nan_to_num(neginf=-INF)
+    z[:, :5] = -INF
+    words = torch.randint(0, 1 << 32, z.shape)
+    words[1::3] = torch.randint(0, 300, words[1::3].shape)
+    words[2::3] = (1 << 32) - 1 - torch.randint(0, 300, words[2::3].shape)
+    assert torch.equal(_draw_unfiltered(z, words), (z + reference.gumbel(words)).argmax(-1))
 
 
 # ------------------------------------------------------------------------------------------------- what may be drawn

@@ -85,12 +85,17 @@ def noise(ids: Tensor, seed: Tensor, offset: Tensor, stream: int) -> Tensor:
     return gumbel(torch.stack(words, -1).gather(-1, (ids & 3).unsqueeze(-1)).squeeze(-1))
 
 
-def noise_of_all(n_cols: int, seed: Tensor, offset: Tensor, stream: int) -> Tensor:
-    """`noise` of the ids 0 .. n_cols - 1 of each row, (B, n_cols), four of them from one call of Philox."""
+def words_of_all(n_cols: int, seed: Tensor, offset: Tensor, stream: int) -> Tensor:
+    """The words that `noise` makes noise of, for the ids 0 .. n_cols - 1: (B, n_cols), four from one call of Philox."""
     fours = torch.arange(-(-n_cols // 4), device=seed.device)[None]
     stream_word = torch.full((1, 1), stream, device=seed.device)
     words = philox(seed, [fours, offset & WORD, offset >> 32 & WORD, stream_word])
-    return torch.stack([gumbel(word) for word in words], -1).flatten(-2)[:, :n_cols]
+    return torch.stack(words, -1).flatten(-2)[:, :n_cols]
+
+
+def noise_of_all(n_cols: int, seed: Tensor, offset: Tensor, stream: int) -> Tensor:
+    """`noise` of the ids 0 .. n_cols - 1 of each row, (B, n_cols)."""
+    return gumbel(words_of_all(n_cols, seed, offset, stream))
 
 
 def adjust(
