@@ -1,5 +1,6 @@
 """lmops: Triton kernels that make torch language models fast, and the modules, models and tools around them."""
 
+from lmops import flash_attn, modules, quantization
 from lmops.cache import PagedKVCache
 from lmops.engine import generate
 from lmops.integrations.optimize import optimize, restore
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "cross_entropy",
     "filter_logits",
+    "flash_attn",
     "geglu",
     "generate",
     "int8_matmul",
@@ -36,8 +38,10 @@ __all__ = [
     "linear_kl_div",
     "load",
     "log_softmax",
+    "modules",
     "optimize",
     "paged_attention",
+    "quantization",
     "quantized_embedding",
     "quantized_matmul",
     "restore",

@@ -28,6 +28,11 @@ def test_import_brings_no_heavy_package():
     assert fresh(code) == []
 
 
+def test_the_parts_that_users_name_are_there():
+    code = "import json, lmops; print(json.dumps([lmops.modules.__name__, lmops.flash_attn.__name__]))"
+    assert fresh(code) == ["lmops.modules", "lmops.flash_attn"]
+
+
 WITHOUT_TRITON = """
 import json, sys
 class Blocked:

@@ -591,6 +591,13 @@ def test_linear_shapes(path, hidden_shape):
     assert teacher.shape == target.shape
 
 
+def test_autocast_leaves_float64():
+    hidden, weight, bias, target = (t.double() if t.is_floating_point() else t for t in linear(3, 8, 11))
+    expected = lmops.linear_cross_entropy(hidden, weight, target, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(lmops.linear_cross_entropy(hidden, weight, target, bias), expected)
+
+
 def test_mixed_precision(path):
     """Under autocast a float32 weight is cast a chunk at a time, and its gradient is added up in float32."""
     hidden, weight, bias, target = linear(33, 16, 71)
@@ -888,6 +895,16 @@ def test_opcheck_with_a_quantized_head(path, head):
     check(linear_loss.linear_kl_div_forward, (*heads, 0.7, False, *quantized, *quantized))
     state = linear_loss.linear_kl_div_forward(*heads, 0.7, False, *quantized, *quantized)
     check(linear_loss.linear_kl_div_backward, (*heads, grad, state, wanted, 0.7, False, *quantized, *quantized))
+
+
+@pytest.mark.fake_tensors
+def test_compile_with_options_that_vary(path):
+    """A number that torch.compile makes a variable is checked too."""
+    compiled = torch.compile(lmops.cross_entropy, fullgraph=True, dynamic=True)
+    for rows, z_loss in ((5, 1e-3), (7, 1e-2)):
+        x, y = torch.randn(rows, 11, device=path.device), torch.randint(0, 11, (rows,), device=path.device)
+        actual = compiled(x, y, z_loss=z_loss, label_smoothing=10 * z_loss)
+        torch.testing.assert_close(actual, lmops.cross_entropy(x, y, z_loss=z_loss, label_smoothing=10 * z_loss))
 
 
 @pytest.mark.fake_tensors

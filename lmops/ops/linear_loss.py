@@ -480,7 +480,7 @@ def linear_cross_entropy(
     weight may be of another type than hidden, float32 for training in mixed precision: it is cast a chunk at a time.
     It may be quantized, a `lmops.quantization.QuantizedTensor` or the weight of a `QuantLinear`: it is dequantized a
     chunk at a time to the type of hidden, and is a constant.
-    Under torch.autocast hidden is cast to its type.
+    Under torch.autocast hidden is cast to its type (not float64).
     """
     weight = _of_layer(weight)
     hidden, rows = _check_head("hidden", hidden, "weight", weight, "bias", bias)
@@ -593,6 +593,6 @@ def _check_head(
             raise ValueError(f"{bias_name} must be ({weight.shape[0]},), got {tuple(bias.shape)}")
         check_device(bias_name, bias, hidden)
     kind = hidden.device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+    if kind in ("cpu", "cuda") and hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     return hidden, hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])
