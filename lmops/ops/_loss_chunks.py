@@ -26,7 +26,7 @@ from lmops.ops.softmax import NEG_INF
 LOSS, MAX, SUM, TARGET, SMOOTH, SEEN = range(6)
 TEACHER_MAX, TEACHER_SUM = 3, 4
 # elements that the torch functions take at a time, so that their passes stay in the cache
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 # elements of a tile of rows that do not fit one
 LONG_TILE = 4_096
 
