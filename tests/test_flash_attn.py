@@ -345,6 +345,7 @@ CACHED = {
     "nothing new": {"n_new": 0},
     "nothing new, several queries": {"n_new": 0, "n_queries": 3, "causal": True},
     "a token": {},
+    "no queries": {"n_new": 2, "n_queries": 0},
     "a token, pages": {"paged": True},
     "rotated": {"rotary": True, "causal": True, "n_new": 3, "n_queries": 3},
     "rotated, pages, halves": {"rotary": True, "paged": True, "rotary_interleaved": False, "window_size": (7, 0)},

@@ -108,6 +108,13 @@ def test_groups_without_a_range(bits, symmetric):
     torch.testing.assert_close(q.dequantize(), w, rtol=0.02, atol=1e-30)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_errors_whose_squares_overflow(symmetric):
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    q = round_to_nearest(w * 2.0**100, 4, 32, symmetric=symmetric)
+    assert (q.dequantize() / 2.0**100 - w).abs().max() < 0.15 * w.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scales_in_the_type_of_the_weight(dtype):
     w = torch.randn(8, 64, dtype=dtype)

@@ -101,14 +101,20 @@ def test_more_rows_round_the_weight_to_float16(rows, n_out, n_in, format):
     assert (weight._bags is None, weight._half is None) == (True, False)
 
 
-def test_fp8_and_one_row_and_weights_over_float16():
+def test_fp8_and_one_row():
     w = made(8, 32, "fp8", -1, "symmetric")
     x = torch.randn(1, 32)
     assert_a_float32_product(CPUWeight(w).matmul(x), x, w.dequantize().half())
-    large = QuantizedTensor.quantize(torch.randn(8, 32) * 1e6, 8, 32)
-    x = torch.randn(3, 32)
-    exact = large.dequantize(torch.float64)
-    assert_accurate(CPUWeight(large).matmul(x), x.double() @ exact.T, x @ exact.float().T)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e-8, 1e-5, 1e6, 7e37])
+def test_weights_over_and_under_float16(magnitude):
+    numbers = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    w = QuantizedTensor.quantize(numbers * magnitude, 8, 32)
+    exact, x = w.dequantize(torch.float64), torch.randn(3, 32) / 10
+    factor = 2.0 ** exact.abs().max().frexp().exponent.item()
+    rounded = (exact / factor).half().double() * factor
+    assert_a_float32_product(CPUWeight(w).matmul(x), x, rounded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

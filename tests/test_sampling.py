@@ -538,8 +538,10 @@ def test_module(path):
     ],
 )  # fmt: skip
 def test_bad_values(name, value, tensor):
+    counts = torch.ones(2, 5, dtype=torch.int32)
+    value = torch.tensor([value, value]) if tensor else value
     with pytest.raises(ValueError, match=f"{name} must be .*, got"):
-        lmops.sample(torch.randn(2, 5), seed=1, **{name: torch.tensor([value, value]) if tensor else value})
+        lmops.sample(torch.randn(2, 5), seed=1, token_counts=counts, **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -552,6 +554,9 @@ def test_bad_values(name, value, tensor):
         (TypeError, "top_k must be .*int32 or int64", lambda x: lmops.sample(x, seed=1, top_k=torch.ones(3))),
         (TypeError, "top_k must be an integer", lambda x: lmops.sample(x, seed=1, top_k=2.5)),
         (TypeError, "top_p must be .*floating", lambda x: lmops.sample(x, seed=1, top_p=torch.ones(3).int())),
+        (TypeError, "top_p must be a number or a tensor", lambda x: lmops.sample(x, seed=1, top_p=None)),
+        (ValueError, "token_counts must be given", lambda x: lmops.sample(x, seed=1, repetition_penalty=1.2)),
+        (ValueError, "token_counts must be given", lambda x: lmops.sample(x, seed=1, presence_penalty=torch.ones(3))),
         (TypeError, "seed must be", lambda x: lmops.sample(x, seed=torch.ones(3))),
         (TypeError, "seed must be an integer", lambda x: lmops.sample(x, seed=1.5)),
         (ValueError, "at most 64 bits", lambda x: lmops.sample(x, seed=1 << 64)),

@@ -49,7 +49,7 @@ def _cpu(
     """torch's own attention a sequence, over a view of the pages where they lie in a row, else over a copy of them."""
     block_size = k.shape[1]
     table, lengths = block_table.numpy(), context_lens.tolist()
-    ends = range(0, len(lengths) * max_q + 1, max_q) if cu_q is None else cu_q.tolist()
+    ends = [i * max_q for i in range(len(lengths) + 1)] if cu_q is None else cu_q.tolist()
     pads = [0] * len(lengths) if leftpad is None else leftpad.tolist()
     _check_lengths(table, lengths, ends, pads, query.shape[0], block_size, max_q, shared)
     # whether the slots of a head stand one behind the other in memory, as those of PagedKVCache do

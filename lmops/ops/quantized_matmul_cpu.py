@@ -7,23 +7,26 @@
     more rows       fbgemm's product of float32 x with a float16 weight, added in float32.
 
 The first has the rounding errors of a float32 product. The second also rounds the weight to float16: 2^-12 relative,
-3e-8 absolute under 6e-5. torch's other packed products (int4pack, int8pack) compute in bfloat16 and move the logits of
-a 30-layer model by 1 to 2 %, twenty times as much; docs/results/cpu-smollm2.md has the figures.
+3e-8 absolute under 6e-5; a weight that is larger or smaller than float16 as a whole is held as a multiple. torch's
+other packed products (int4pack, int8pack) compute in bfloat16 and move the logits of a 30-layer model by 1 to 2 %,
+twenty times as much; docs/results/cpu-smollm2.md has the figures.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from lmops.ops._register import OPERATORS
-from lmops.ops.quantized_matmul import FLOATS, Quantized, _chunks, quantized_matmul
+from lmops.ops.quantized_matmul import FLOATS, Quantized, _chunks
 from lmops.reference.quantization import unpack
 
 _BAG = {"int4": "embedding_bag_4bit_rowwise_offsets", "int8": "embedding_bag_byte_rowwise_offsets"}
 _BAG_COLUMNS = 64
 _SUMS = 1 << 17  # what is written before scales are applied, in numbers: half of a usual second-level cache
-_HALF_MAX = torch.finfo(torch.float16).max
+_HALF_RANGE = 2.0**-8, torch.finfo(torch.float16).max  # of the largest magnitude of a weight held as it is
 _native = (
     "fbgemm" in torch.backends.quantized.supported_engines
     and not OPERATORS["quantized_matmul_forward"].cpu_uses_triton
@@ -55,7 +58,7 @@ class CPUWeight:
         self.shape = w.shape
         self._bags: _Bags | None = None
         self._half: torch.ScriptObject | None = None
-        self._over_half = False  # the weight does not fit into float16
+        self._factor = 1.0  # the weight is this times the one in float16
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`quantized_matmul(x, w, bias)` without gradients, computed in float32 for any dtype of x."""
@@ -68,28 +71,29 @@ class CPUWeight:
                 self._bags = _Bags(self.w)
             y = self._bags(rows.reshape(n_in).contiguous()).view(*x.shape[:-1], n_out)
         else:
-            if self._half is None and not self._over_half:
-                self._half = _half(self.w)
-                self._over_half = self._half is None
             if self._half is None:
-                return quantized_matmul(x, self.w, bias)
+                self._half, self._factor = _half(self.w)
             y = torch.ops.quantized.linear_dynamic_fp16.default(rows, self._half)
+            if self._factor != 1:
+                y *= self._factor
         if bias is not None:
             y += bias
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
-def _half(w: Quantized) -> torch.ScriptObject | None:
-    """The weight as fbgemm wants it in float16; None where it does not fit into that."""
+def _half(w: Quantized) -> tuple[torch.ScriptObject, float]:
+    """The weight over a power of 2 as fbgemm wants it in float16, and that power: 1 for weights of usual magnitudes."""
     n_out, n_in = w.shape
     weight = torch.empty(n_out, n_in)
     parts = (w.packed, w.scales, w.zeros, w.offsets, w.permutation, w.format, w.group_size, n_in, torch.float32)
     for rows, chunk in _chunks(*parts):
         weight[rows] = chunk
     low, high = (float(v) for v in weight.aminmax())
-    if max(-low, high) > _HALF_MAX:
-        return None
-    return torch.ops.quantized.linear_prepack_fp16(weight, None)
+    largest, factor = max(-low, high), 1.0
+    if largest and not _HALF_RANGE[0] <= largest <= _HALF_RANGE[1]:
+        factor = 2.0 ** min(max(math.frexp(largest)[1], -126), 127)
+        weight /= factor
+    return torch.ops.quantized.linear_prepack_fp16(weight, None), factor
 
 
 class _Bags:

@@ -598,8 +598,8 @@ def sample(
 
     1. x = logit + logit_bias; -inf where allowed_mask is False. logit_bias: (V,) or (B, V), floating point.
        allowed_mask: (V,) or (B, V), bool.
-    2. token_counts (B, V) int32, how often each token stands in prompt and output so far: where it is above 0,
-       x = x / r if x > 0 else x r with r = repetition_penalty (CTRL, arXiv 1909.05858), then
+    2. token_counts (B, V) int32, how often each token stands in prompt and output so far, which penalties need: where
+       it is above 0, x = x / r if x > 0 else x r with r = repetition_penalty (CTRL, arXiv 1909.05858), then
        x = x - presence_penalty - frequency_penalty * count (OpenAI's API).
     3. temperature: 0 (and all below 1e-5) takes the largest x, the lowest id of equal ones; what follows is for others.
     4. Of the tokens in descending order of x, equal ones by ascending id, the filters keep a prefix, the shortest that
@@ -637,6 +637,8 @@ def sample(
         _fits(allowed_mask, "allowed_mask", batch, (torch.bool,), ("(V,)", "(B, V)"))
     if not isinstance(return_logprobs, int) or not 0 <= return_logprobs <= n_cols:
         raise ValueError(f"return_logprobs must be from 0 to the {n_cols} columns, got {return_logprobs}")
+    if token_counts is None and (per_row[4:7] != [None] * 3 or numbers[4:] != [1.0, 0.0, 0.0]):
+        raise ValueError("token_counts must be given for penalties, which are for tokens that stand there already")
     counts = None if token_counts is None else token_counts.view_as(batch)
     seed, offset = _int64("seed", seed), _int64("offset", offset)
     batch = batch.detach() if batch.requires_grad else batch
@@ -762,7 +764,10 @@ def _parameters(values: Iterable[tuple[str, float | Tensor]], batch: Tensor) -> 
             numbers.append(0.0)
             continue
         good, allowed = RANGES[name]
-        number = float(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a number or a tensor with a value a row, got {value!r}") from None
         if not good(number):
             raise ValueError(f"{name} must be {allowed}, got {value}")
         if name == "top_k" and number != int(number):

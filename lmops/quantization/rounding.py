@@ -92,7 +92,7 @@ def choose_scales(
     for rows in row_chunks(n_out, n_in):
         # the last group is filled up with 0, which costs nothing and never widens a range that holds 0 anyway
         w = torch.nn.functional.pad(weight[rows].float(), pad).view(-1, groups, size)
-        least = w.new_full(w.shape[:2], float("inf"))
+        least = w.new_full(w.shape[:2], float("nan"))  # below which nothing is: the first share counts
         low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
         whole = torch.maximum(-low, high) / (2 ** (bits - 1) - 0.5) if symmetric else (high - low) / (2**bits - 1)
         for share in SHARES:
@@ -105,7 +105,7 @@ def choose_scales(
                 u = (w / s.float().unsqueeze(-1)).round_().add_(z.unsqueeze(-1)).clamp_(low_code, high_code)
                 error = u.sub_(z.unsqueeze(-1)).mul_(s.float().unsqueeze(-1)).sub_(w).square_()
                 total = error.sum(-1) if cost is None else torch.einsum("rgk,gk->rg", error, cost)
-                better = total < least
+                better = ~(total >= least)
                 least = torch.where(better, total, least)
                 scales[rows] = torch.where(better, s, scales[rows])
                 if zeros is not None:
