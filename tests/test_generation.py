@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -470,6 +471,30 @@ def test_logits_that_are_nan_are_an_error():
         generate(model, PROMPTS, max_new_tokens=3)
 
 
+def test_what_a_failing_model_computed_is_not_found_again(llama):
+    """Blocks of NaN must not be what the next call takes for a prompt's beginning."""
+    broken = make_model()
+    with torch.no_grad():
+        broken.blocks[0].mlp.up.weight[5] = math.nan
+    cache = paged_cache(llama, 4)
+    with pytest.raises(ValueError, match="the model gave NaN"):
+        generate(broken, PROMPTS, cache=cache, max_new_tokens=3)
+    assert generate(llama, PROMPTS, cache=cache, max_new_tokens=8) == generate(llama, PROMPTS, max_new_tokens=8)
+    assert cache.prefix.stats.tokens_found == 0
+
+
+def test_a_cache_of_16_bits_for_a_model_of_32(llama):
+    """What `PagedKVCache.for_memory(n, model.config)` makes."""
+    cache = PagedKVCache.for_memory(1 << 20, llama.config)
+    assert cache.layers[0].k.dtype == torch.float16
+    made = generate(llama, PROMPTS, cache=cache, max_new_tokens=8)
+    assert [len(row) for row in made] == [8] * 4
+    with torch.no_grad():  # the same tokens from logits that are as near as float16 keys allow
+        for prompt, tokens in zip(PROMPTS, made, strict=True):
+            logits = llama(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1]
+            assert (logits.amax(-1) - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]).max() < 0.05
+
+
 # ------------------------------------------------------------------------------------------------------ errors
 
 
@@ -494,6 +519,7 @@ def test_logits_that_are_nan_are_an_error():
         ({"min_p": 1.5}, "min_p is 1.5; it must be between 0 and 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be finite and above 0"),
         ({"presence_penalty": math.inf}, "presence_penalty is inf; it must be finite"),
+        ({"seed": 2**70}, f"seed is {2**70}; it must be from -2\\*\\*63 to 2\\*\\*64 - 1"),
         ({"n": 0, "temperature": 1.0}, "n is 0; it must be at least 1"),
         ({"n": 2}, "temperature is 0.0; it must be above 0 for n or best_of above 1"),
         ({"n": 2, "best_of": 1, "temperature": 1.0}, "best_of is 1; it must be at least n=2, or None"),
@@ -508,6 +534,35 @@ def test_arguments_without_meaning_are_refused(llama, function, arguments, messa
     arguments = {"prompts": [[1, 2]], "max_new_tokens": 5, **arguments}
     with pytest.raises(ValueError, match=message):
         function(llama, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 2.5), ("top_k", 2.5), ("n", 2.0), ("best_of", "3"), ("logprobs", 1.0), ("seed", 0.5),
+        ("stop_tokens", 3), ("stop_tokens", [0.5]), ("allowed_tokens", "ab"),
+    ],
+)  # fmt: skip
+def test_parameters_that_are_not_integers_are_refused(name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be "):
+        SamplingParams(**{"temperature": 1.0, name: value})
+
+
+def test_integers_in_arrays_and_tensors(llama):
+    """A token of a tensor is not equal to a token in a set."""
+    (full,) = generate(llama, [PROMPTS[0]], max_new_tokens=8)
+    for kind in (np.array, torch.tensor, lambda ids: [torch.tensor(i) for i in ids]):
+        cut = generate(llama, [kind(PROMPTS[0])], max_new_tokens=8, stop_tokens=kind([full[3]]))
+        assert cut == [full[: full.index(full[3])]]
+        assert SamplingParams(allowed_tokens=kind([3, 4])).allowed_tokens == (3, 4)
+
+
+@pytest.mark.parametrize("prompts", [["ab"], [[0.5]], torch.tensor([[1.0]])])
+def test_prompts_that_are_not_integers_are_refused(llama, prompts):
+    with pytest.raises(
+        TypeError, match=r"prompts\[0\] is .*; prompts must be a list of token lists or a \(B, T\) tensor"
+    ):
+        generate(llama, prompts, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("prompts", [[1, 2, 3], torch.tensor([1, 2, 3])])

@@ -154,6 +154,28 @@ def test_a_token_of_each_sequence_on_a_cpu(dtype, window):
             assert cache.append([twin], [1]).rows is None
 
 
+@pytest.mark.parametrize(
+    ("q", "k", "message"),
+    [
+        ((1, 3, 8), (1, 2, 8), "query's heads must be a multiple of the pages' 2, got 3"),
+        ((1, 4, 8), (1, 1, 8), r"k must be \(tokens, 2, 8\) for these pages, got \(1, 1, 8\)"),
+        ((1, 4, 8), (1, 2, 1), r"k must be \(tokens, 2, 8\) for these pages, got \(1, 2, 1\)"),
+        ((2, 4, 8), (2, 2, 8), "slot_mapping must"),
+    ],
+)
+def test_one_token_each_is_checked_like_many(q, k, message):
+    """Nothing is broadcast into the pages."""
+    cache = new_cache(dtype=FP32)
+    seq = cache.new_sequence()
+    cache.append([seq], [3])
+    batch = cache.append([seq], [1])
+    before = everything(cache)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        batch.attend(0, torch.ones(q), torch.ones(k), torch.ones(k))
+    if q != (1, 3, 8):  # the keys are right, and stored before there is a query
+        assert_unchanged(cache, before)
+
+
 def test_blocks_in_a_row_are_one_view():
     """Of a head tokens lie one after another, so that neither a page nor a run of blocks needs a gather."""
     cache = new_cache()

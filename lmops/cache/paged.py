@@ -60,9 +60,9 @@ class PagedBatch:
         options: of `lmops.ops.paged_attention.paged_attention_of_tokens`: scale, softcap, slopes, sinks and more.
         Returns (T, H, Dv).
         """
-        if self.rows is not None and not options and not torch.is_grad_enabled() and query.dtype == key.dtype:
-            return self._attend_rows(layer, query, key, value)
         pages = self.layers[layer]
+        if self.rows is not None and not options and not torch.is_grad_enabled() and self._one_each(query, key, value):
+            return self._attend_rows(layer, query, key, value)
         store_kv(key, value, pages, self.slot_mapping)
         # equally many new tokens of each sequence need no list of where they begin
         ragged = len(query) != len(self.context_lens) * self.max_seqlen_q
@@ -71,6 +71,17 @@ class PagedBatch:
             max_q=self.max_seqlen_q, window=(None if self.window is None else self.window - 1, None), **options,
         )  # fmt: skip
         return out
+
+    def _one_each(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether these are what `_attend_rows` takes, which checks nothing; for others there are the operators."""
+        pages = self.layers[0]
+        shape = (len(self.context_lens), pages.n_kv_heads, pages.head_dim)
+        return (
+            key.shape == value.shape == shape
+            and query.shape[::2] == shape[::2]
+            and query.shape[1] % shape[1] == 0
+            and query.dtype == key.dtype == value.dtype == pages.k.dtype
+        )
 
     def _attend_rows(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same by torch's attention alone: what the operators check and look up a layer has been done a step."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -132,11 +133,8 @@ def generate_stream(
 def _checked(
     model: GPT, prompts: Prompts, params: SamplingParams | None, changes: dict[str, Any]
 ) -> tuple[list[list[int]], SamplingParams]:
-    rows = (
-        prompts.tolist()
-        if isinstance(prompts, Tensor)
-        else [list(p) if isinstance(p, Sequence) else p for p in prompts]
-    )
+    given = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+    rows = [_token_ids(i, prompt) for i, prompt in enumerate(given)]
     params = replace(params or SamplingParams(), **changes)
     _check(model, rows, params.max_new_tokens)
     for name, ids in (("logit_bias", params.logit_bias), ("allowed_tokens", params.allowed_tokens or ())):
@@ -144,6 +142,16 @@ def _checked(
             if not 0 <= token < model.config.vocab_size:
                 raise ValueError(f"{name} has the token id {token}; ids go from 0 to {model.config.vocab_size - 1}")
     return rows, params
+
+
+def _token_ids(i: int, prompt: Any) -> list[int]:
+    """Integers of any kind, in a list, an array or a tensor, as Python's."""
+    try:
+        return [index(token) for token in (prompt.tolist() if hasattr(prompt, "tolist") else prompt)]
+    except TypeError:
+        raise TypeError(
+            f"prompts[{i}] is {prompt!r}; prompts must be a list of token lists or a (B, T) tensor, of integers"
+        ) from None
 
 
 def _check(model: GPT, prompts: list[list[int]], max_new_tokens: int) -> None:
@@ -155,8 +163,6 @@ def _check(model: GPT, prompts: list[list[int]], max_new_tokens: int) -> None:
     if not prompts:
         raise ValueError("prompts is empty; at least one prompt is needed")
     for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, list):
-            raise TypeError(f"prompts[{i}] is {prompt!r}; prompts must be a list of token lists or a (B, T) tensor")
         if not prompt:
             raise ValueError(f"prompts[{i}] is empty; a prompt needs at least one token")
         if len(prompt) + max_new_tokens > config.context_length:
@@ -262,7 +268,6 @@ def _steps(
             logits = model(tokens, cache=batch, last_only=True)[:, -1]  # (rows, vocab_size)
             if step == 0:
                 for row, seq in list(seqs.items()):
-                    cache.register(seq, held[row])
                     seqs |= {row + i: cache.fork(seq) for i in range(1, params.samples)}
                 seqs = dict(sorted(seqs.items()))
                 logits = logits.repeat_interleave(params.samples, 0) if params.samples > 1 else logits
@@ -285,6 +290,9 @@ def _steps(
                 if token not in stop:
                     held[row].append(token)
                     going.append(i)
+            if step == 0:  # now that the model is known to have given numbers
+                for row, seq in seqs.items():
+                    cache.register(seq, held[row][: seq.n_tokens])
             made = _step(n_rows, rows, [token if token not in stop else None for token in found], chosen)
             if len(going) < len(rows):
                 for row in set(rows) - {rows[i] for i in going}:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from operator import index
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,8 @@ class SamplingParams:
     logprobs: None for none; a number n >= 0 for the log-probability of every token, and of the n most probable beside
         it (of the model's own distribution, before anything above changes it).
 
-    Raises ValueError for a value without meaning.
+    Raises ValueError for a value without meaning, TypeError for one of another type. Integers of any kind, arrays and
+    tensors of them too, become Python's; collections of ids become tuples.
     """
 
     max_new_tokens: int = 256
@@ -42,10 +45,18 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed", "n", "best_of", "logprobs"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None and name in _OPTIONAL else _integer(name, value))
+        for name in ("stop_tokens", "allowed_tokens"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None and name in _OPTIONAL else _integers(name, value))
+
         def check(name: str, good: bool, allowed: str) -> None:
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {allowed}")
 
+        check("seed", self.seed is None or -(2**63) <= self.seed < 2**64, "from -2**63 to 2**64 - 1, or None")
         check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         check("temperature", 0 <= self.temperature < math.inf, "finite and at least 0 (0 is greedy)")
         check("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)")
@@ -70,3 +81,20 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         """Whether it matters which tokens a sequence has already."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+_OPTIONAL = ("seed", "best_of", "logprobs", "allowed_tokens")  # may be None
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _integers(name: str, values: Any) -> tuple[int, ...]:
+    try:
+        return tuple(index(value) for value in (values.tolist() if hasattr(values, "tolist") else values))
+    except TypeError:
+        raise TypeError(f"{name} must be token ids, which are integers, got {values!r}") from None
