@@ -24,8 +24,11 @@ def check(path, x, q, bias=None, smooth=None):
 
 @pytest.mark.parametrize(
     ("dtype", "scales", "shape", "rows"),
-    [(BF16, BF16, (130, 600), 3), (HALF, FP32, (70, 64), 130), (FP32, HALF, (40, 1003), 17), (BF16, FP32, (1, 1), 1)],
-)
+    [
+        (BF16, BF16, (130, 600), 3), (HALF, FP32, (70, 64), 130), (FP32, HALF, (40, 1003), 17), (BF16, FP32, (1, 1), 1),
+        (HALF, FP32, (17, 1), 4),
+    ],
+)  # fmt: skip
 def test_int8(path, dtype, scales, shape, rows):
     x = torch.randn(rows, shape[1]).to(dtype)
     x[0] *= 100

@@ -137,7 +137,9 @@ def int8_matmul_of_codes(x: Tensor, w: Tensor, scales: Tensor, smooth: Tensor | 
     rows, fp8 = x.reshape(-1, x.shape[-1]), w.dtype == torch.float8_e4m3fn
     rows = rows if smooth is None else rows.float() / smooth.float()
     codes, x_scales = quantize_rows(rows, "fp8" if fp8 else "int8")
-    exact = codes.float() @ w.float().T if fp8 else torch._int_mm(codes, w.T).float()
+    # of one column torch._int_mm gives garbage on a CPU
+    in_floats = fp8 or w.shape[1] == 1
+    exact = codes.float() @ w.float().T if in_floats else torch._int_mm(codes, w.T).float()
     y = exact * scales.float() * x_scales
     y = y if bias is None else y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], w.shape[0])
