@@ -235,6 +235,65 @@ def test_functions_that_a_forward_calls():
     assert_accurate(actual, truth, baseline)
 
 
+class Calls(nn.Module):
+    """What torch's functions take beside what they are documented to."""
+
+    def forward(self, q, k, v):
+        y = F.scaled_dot_product_attention(q, k, v)
+        return torch.softmax(y, -1, torch.float64) + F.rms_norm(y, y.shape[-1:])
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v"),
+    [
+        ((2, 4, 5, 8), (2, 1, 5, 8), (2, 1, 5, 8)),  # heads are broadcast
+        ((2, 4, 5, 8), (1, 4, 3, 8), (4, 3, 8)),  # and batches
+        ((1, 2, 3, 300), (1, 2, 3, 300), (1, 2, 3, 300)),  # too wide for a gradient of ours
+        ((1, 2, 3, 8), (1, 2, 3, 8), (1, 2, 3, 600)),
+    ],
+)
+def test_functions_take_what_torchs_do(q, k, v):
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (q, k, v)]
+    model = Calls()
+    expected = model(*given)
+    gradients = torch.autograd.grad(expected.square().sum(), given)
+    lmops.optimize(model)
+    actual = model(*given)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual.square().sum(), given), gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rms_norm_of_small_numbers_without_eps(dtype):
+    """torch takes the one of float32 for types of 16 bits, in which these numbers would vanish beside their own."""
+    model, x = nn.Sequential(nn.RMSNorm(8)).to(dtype), torch.randn(3, 8).to(dtype) * 1e-3
+    expected = model(x)
+    lmops.optimize(model)
+    for actual in (model(x), lmops.modules.RMSNorm(8, dtype=dtype)(x)):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_norms_of_another_length_are_refused_as_before(norm):
+    model = nn.Sequential(norm(8, elementwise_affine=False))
+    lmops.optimize(model)
+    with pytest.raises(RuntimeError, match=r"normalized_shape=\[8\]"):
+        model(torch.randn(3, 9))
+
+
+def test_an_encoder_with_padding_in_inference():
+    """Where torch's fused layer gets nested tensors, which ours do not take."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, hidden = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=hidden)
+        lmops.optimize(model)
+        actual = model(x, src_key_padding_mask=hidden)
+        torch.testing.assert_close(actual[~hidden], expected[~hidden], rtol=1e-4, atol=1e-5)
+        lmops.restore(model)
+        assert torch.equal(model(x, src_key_padding_mask=hidden), expected)
+
+
 @pytest.mark.parametrize("linear", ["int4", "int8", "fp8", "w8a8"])
 def test_the_head_keeps_more_bits(linear):
     """int8 beside int4 and int8 layers, and as it was beside the others; also if an embedding has the same weight."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lmops.integrations.edits import ATTENTION, LOSS, NORM, SOFTMAX, Work
+from lmops.modules.norm import default_eps
 from lmops.ops.attention import attention as attend
 from lmops.ops.attention import scaled_dot_product_attention
 from lmops.ops.loss import cross_entropy
@@ -29,6 +30,8 @@ def torch_module(work: Work, name: str, module: nn.Module, kinds: set[str]) -> N
         return work.replace_forward(name, module, _mha_forward, "attention, where weights are not asked for", ATTENTION)
     if isinstance(module, nn.TransformerEncoderLayer) and "attention" in kinds:
         work.set(module, "activation_relu_or_gelu", 0)  # which is how it leaves torch's fused layer for inference
+    elif isinstance(module, nn.TransformerEncoder) and "attention" in kinds:
+        work.set(module, "use_nested_tensor", False)  # which only the fused layer takes
     elif own is nn.Softmax.forward and "softmax" in kinds:
         work.replace_forward(name, module, _softmax_forward, "softmax", SOFTMAX)
     elif own is nn.LogSoftmax.forward and "softmax" in kinds:
@@ -67,12 +70,12 @@ def _log_softmax_forward(self: Any, input: Tensor) -> Tensor:
 
 @named_forward
 def _layer_norm_forward(self: Any, input: Tensor) -> Any:
-    return layer_norm(input, self.weight, self.bias, self.eps)
+    return _redirected_layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 @named_forward
 def _rms_norm_forward(self: Any, x: Tensor) -> Any:
-    return rms_norm(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+    return _redirected_rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 @named_forward
@@ -137,13 +140,24 @@ def _mha_forward(
 
 
 def _redirected_softmax(ours: Callable[..., Tensor], theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(input: Tensor, dim: Any = None, *rest: Any, dtype: torch.dtype | None = None, **kw: Any) -> Tensor:
+    def call(input: Tensor, dim: Any = None, *rest: Any, **kw: Any) -> Tensor:
         # _stacklevel is of the warning about a missing dim; what else there may be, such as names, is torch's
-        if isinstance(dim, int) and input.dtype in FLOATS and not rest and kw.keys() <= {"_stacklevel"}:
-            return ours(input, dim=dim, dtype=dtype)
-        return theirs(input, dim, *rest, dtype=dtype, **kw)
+        if isinstance(dim, int) and input.dtype in FLOATS and not rest and kw.keys() <= {"_stacklevel", "dtype"}:
+            return ours(input, dim=dim, dtype=kw.get("dtype"))
+        return theirs(input, dim, *rest, **kw)
 
     return call
+
+
+def _redirected_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kw: Any) -> Any:
+    """Nested tensors and heads too wide for a gradient are torch's; it broadcasts batches and heads, so we do."""
+    tensors = query, key, value
+    if any(t.is_nested or t.ndim < 2 or t.shape[-1] > 256 for t in tensors):
+        return nn.functional.scaled_dot_product_attention(*tensors, *rest, **kw)
+    if not kw.get("enable_gqa") and len({t.shape[:-2] for t in tensors}) > 1:
+        shape = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
+        query, key, value = (t.expand(*shape, *t.shape[-2:]) for t in tensors)
+    return scaled_dot_product_attention(query, key, value, *rest, **kw)
 
 
 def _redirected_layer_norm(
@@ -158,13 +172,13 @@ def _redirected_rms_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Any:
     if len(normalized_shape) == 1 and tuple(normalized_shape) == input.shape[-1:] and input.dtype in FLOATS:
-        return rms_norm(input, weight, torch.finfo(input.dtype).eps if eps is None else eps)
+        return rms_norm(input, weight, default_eps(input) if eps is None else eps)
     return nn.functional.rms_norm(input, normalized_shape, weight, eps)
 
 
 # what code calls -> the kind it is of, and what takes its place
 FUNCTIONS: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
-    nn.functional.scaled_dot_product_attention: ("attention", scaled_dot_product_attention),
+    nn.functional.scaled_dot_product_attention: ("attention", _redirected_attention),
     nn.functional.cross_entropy: ("loss", cross_entropy),
     nn.functional.layer_norm: ("norm", _redirected_layer_norm),
     nn.functional.rms_norm: ("norm", _redirected_rms_norm),

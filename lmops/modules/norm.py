@@ -14,7 +14,8 @@ class RMSNorm(nn.RMSNorm):
     """Takes the place of `torch.nn.RMSNorm`, with the same arguments and weights; computes `lmops.rms_norm`.
 
     forward(x, residual) returns (norm(x + residual), x + residual). weight_offset: 1 for Gemma's norms. The result has
-    x's dtype, also where the weight's is another. Without eps it is the one of x's dtype, as in torch.
+    x's dtype, also where the weight's is another. Without eps it is the one of the dtype that sums are formed in,
+    float64 or float32, as in torch.
     """
 
     def __init__(self, *args: Any, weight_offset: float = 0.0, **options: Any) -> None:
@@ -22,7 +23,7 @@ class RMSNorm(nn.RMSNorm):
         self.weight_offset = weight_offset
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = default_eps(x) if self.eps is None else self.eps
         rows, weight, residual_rows = _rows(self, x, self.weight, residual)
         y = rms_norm(rows, weight, eps, residual=residual_rows, weight_offset=self.weight_offset)
         return _like(x, y)
@@ -40,6 +41,11 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         rows, weight, bias, residual_rows = _rows(self, x, self.weight, self.bias, residual)
         return _like(x, layer_norm(rows, weight, bias, self.eps, residual=residual_rows))
+
+
+def default_eps(x: Tensor) -> float:
+    """Of torch's RMSNorm, whatever its documentation says of x's dtype."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
 
 
 def _rows(module: nn.RMSNorm | nn.LayerNorm, x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
