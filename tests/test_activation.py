@@ -147,6 +147,7 @@ def test_second_derivative_is_refused(path):
         (ValueError, r"gate without up must have shape \(\.\.\., 2 n\), got \(3, 5\)", lambda x: lmops.swiglu(x)),
         (ValueError, r"up must be torch.float32 of shape \(3, 5\)", lambda x: lmops.geglu(x, x[:2])),
         (ValueError, "got torch.float16", lambda x: lmops.geglu(x, x.half())),
+        (ValueError, "up must be on cpu like gate, got meta", lambda x: lmops.geglu(x, x.to("meta"))),
         (ValueError, "approximate must be", lambda x: lmops.geglu(x, x, approximate="erf")),
     ],
 )

@@ -308,6 +308,9 @@ def test_module_with_gemmas_weights(path):
         (ValueError, "eps must be finite and at least 0, got nan", lambda x, w: lmops.rms_norm(x, eps=float("nan"))),
         (ValueError, r"residual must be torch.float32 of shape \(3, 5\)", lambda x, w: lmops.rms_norm(x, residual=w)),
         (ValueError, "got torch.float16", lambda x, w: lmops.rms_norm(x, residual=x.half())),
+        (ValueError, "weight must be on cpu like x, got meta", lambda x, w: lmops.rms_norm(x, w.to("meta"))),
+        (ValueError, "bias must be on cpu like x, got meta", lambda x, w: lmops.layer_norm(x, w, w.to("meta"))),
+        (ValueError, "residual must be on cpu", lambda x, w: lmops.layer_norm(x, residual=x.to("meta"))),
     ],
 )
 def test_errors(error, message, call):

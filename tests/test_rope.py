@@ -227,6 +227,14 @@ def test_compile_fullgraph(path):
             "require gradients",
             lambda q, c: lmops.rope(q.requires_grad_(), q, c.requires_grad_(), c),
         ),
+        (NotImplementedError, "require gradients", lambda q, c: lmops.rope(q, q, c, c.requires_grad_())),
+        (ValueError, "k must be on cpu like q, got meta", lambda q, c: lmops.rope(q, q.to("meta"), c, c)),
+        (ValueError, "sin must be on cpu like q, got meta", lambda q, c: lmops.rope(q, None, c, c.to("meta"))),
+        (
+            ValueError,
+            "positions must be on cpu like q, got meta",
+            lambda q, c: lmops.rope(q, None, c, c, positions=torch.arange(5, device="meta")),
+        ),
     ],
 )
 def test_errors(error, message, call):

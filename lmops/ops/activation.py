@@ -150,7 +150,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
     Computed in float32 (float64 for float64) and rounded once (by torch on the CPU, after each of the two steps).
     Differentiable once; gate and up are all that is kept for the backward.
-    Raises TypeError or ValueError for a bad dtype or shape.
+    Raises TypeError or ValueError for a bad dtype, shape or device.
     """
     return _gated(gate, up, "silu")
 
@@ -175,6 +175,8 @@ def _gated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
         raise ValueError(
             f"up must be {gate.dtype} of shape {tuple(gate.shape)} like gate, got {up.dtype} of shape {tuple(up.shape)}"
         )
+    elif up.device != gate.device:
+        raise ValueError(f"up must be on {gate.device} like gate, got {up.device}")
     if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
         return _Gated.apply(gate, up, activation)
     return gated_forward(gate, up, activation)

@@ -402,9 +402,9 @@ def _norm(
 ) -> Any:  # fmt: skip
     if x.dtype not in FLOATS or x.ndim == 0:
         _refuse(x)
-    if weight is not None and (weight.shape != x.shape[-1:] or weight.dtype not in FLOATS):
+    if weight is not None and (weight.shape != x.shape[-1:] or weight.dtype not in FLOATS or weight.device != x.device):
         _refuse_parameter("weight", weight, x)
-    if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype not in FLOATS):
+    if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype not in FLOATS or bias.device != x.device):
         _refuse_parameter("bias", bias, x)
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
@@ -413,6 +413,8 @@ def _norm(
             f"residual must be {x.dtype} of shape {tuple(x.shape)} like x,"
             f" got {residual.dtype} of shape {tuple(residual.shape)}"
         )
+    if residual is not None and residual.device != x.device:
+        raise ValueError(f"residual must be on {x.device} like x, got {residual.device}")
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -434,6 +436,8 @@ def _refuse(x: Tensor) -> None:
 def _refuse_parameter(name: str, parameter: Tensor, x: Tensor) -> None:
     if parameter.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {parameter.dtype}")
+    if parameter.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like x, got {parameter.device}")
     raise ValueError(
         f"{name} must have shape ({x.shape[-1]},) for x of shape {tuple(x.shape)}, got {tuple(parameter.shape)}"
     )

@@ -253,14 +253,17 @@ def rope(
             f"cos and sin must have one shape (..., r) with 2 r from 2 to D = {q.shape[-1]},"
             f" got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
+    for name, t in (("k", k), ("cos", cos), ("sin", sin), ("positions", positions)):
+        if t is not None and t.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} like q, got {t.device}")
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        raise NotImplementedError("cos and sin require gradients; rope has none for them")
     cos, sin, positions = _broadcast(cos, sin, positions, tokens)
     if inplace:
         for name, x in (("q", q), ("k", k)):
             if x is not None and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True)):
                 raise ValueError(f"{name} shares memory between its elements (strides {x.stride()}): not inplace")
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
-        if cos.requires_grad or sin.requires_grad:
-            raise NotImplementedError("cos and sin require gradients; rope has none for them")
         if not inplace:
             return _Rope.apply(q, k, cos, sin, positions, interleaved)
         q = _RopeInplace.apply(q, cos, sin, positions, interleaved)
