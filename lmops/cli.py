@@ -38,6 +38,7 @@ EXTRAS = {
     "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "peft"),
 }
 DTYPES = ("float32", "bfloat16", "float16")
+METHODS = ("rtn", "gptq", "awq", "smoothquant")
 
 
 class _Group(TyperGroup):
@@ -267,6 +268,8 @@ def quantize(
         raise FileExistsError(f"--out is {out}, which exists already")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out is {out}, and there is no folder {out.absolute().parent}")
+    if method not in METHODS:
+        raise ValueError(f"--method is {method!r}; allowed are {', '.join(METHODS)}")
     if method != "rtn" and calibration is None:
         raise ValueError(f"--method {method} needs --calibration, a text file")
     smooth = method == "smoothquant"
@@ -275,7 +278,7 @@ def quantize(
             "--method smoothquant has 8 bits and a scale a row: leave out --bits, --group-size, --symmetric"
         )
     bits = bits if bits is not None else 8 if smooth else 4
-    text = "" if calibration is None else calibration.read_text(encoding="utf-8")
+    text = "" if calibration is None else _text_of(calibration)
     torch_dtype, torch_device = _dtype(dtype), _device(device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -297,6 +300,16 @@ def quantize(
     save(network, tokenizer, out)
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     print(f"{out}: {len(names)} layers in {bits} bits, {size:.1f} MB", file=sys.stderr)
+
+
+def _text_of(calibration: Path) -> str:
+    try:
+        text = calibration.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--calibration is {calibration}, which is no text in UTF-8: {error}") from None
+    if not text:
+        raise ValueError(f"--calibration is {calibration}, which is empty")
+    return text
 
 
 # ---- doctor -------------------------------------------------------------------------------------------------------

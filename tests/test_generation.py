@@ -347,6 +347,17 @@ def test_bf16(llama):
     assert rows == generate(model, PROMPTS, max_new_tokens=5, temperature=1.0, seed=0)
 
 
+def test_autocast(llama):
+    """Keys come in its dtype, and so must the pages be."""
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = generate(llama, PROMPTS, max_new_tokens=6)
+        for prompt, row in zip(PROMPTS, rows, strict=True):
+            with torch.no_grad():
+                logits = llama(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1].float()
+            chosen = logits.gather(-1, torch.tensor(row)[:, None])[:, 0]
+            assert (logits.amax(-1) - chosen).max() < 0.05 * logits.std()  # as near as bfloat16 products are
+
+
 # ----------------------------------------------------------------------------------------- parameters of sampling
 
 

@@ -566,10 +566,13 @@ def test_mistakes_at_the_command_line_leave_nothing_behind(folder, tmp_path, mon
     mistake("--bits", 3, parts=("bits must be 4 or 8, got 3",))
     mistake("--method", "smoothquant", parts=("--method smoothquant needs --calibration",))
     mistake("--method", "smoothquant", "--bits", 4, "--calibration", text, parts=("8 bits and a scale a row",))
-    mistake("--method", "best", "--calibration", text, parts=("method must be one of",))
+    mistake("--method", "best", parts=("--method is 'best'; allowed are rtn, gptq, awq, smoothquant",))
     mistake(parts=("group_size of blocks.0.attn.qkv must be at most", "got 128"))
     mistake("--group-size", 16, "--out", tmp_path / "no" / "out", parts=("there is no folder",))
     assert_one_line(run("quantize", "--model", folder, "--out", folder), "exists already")
+    for bad, what in ((b"", "is empty"), (b"\xff\xfe", "is no text in UTF-8")):
+        (folder / "bad.txt").write_bytes(bad)
+        mistake("--method", "awq", "--calibration", folder / "bad.txt", parts=("bad.txt", what))
 
     def full(tensors, file):
         file.write_bytes(b"half")

@@ -238,12 +238,14 @@ class _Step:
 def _own_cache(model: GPT, prompts: list[list[int]], params: SamplingParams) -> PagedKVCache:
     """As many blocks as the rows can come to need. The last token is never fed back, so it has no slot."""
     config, weight, size = model.config, model.norm.weight, 16
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype  # of keys, values
     n_blocks = sum(-(-(len(prompt) + params.max_new_tokens - 1) // size) for prompt in prompts) * params.samples
-    if weight.device.type == "cpu":
+    if device == "cpu":
         n_blocks *= 2  # room for each row to grow block by block, since blocks in a row are read without a copy
     return PagedKVCache(
         n_blocks, n_layers=config.n_layers, n_kv_heads=config.n_kv_heads, head_dim=config.head_dim, block_size=size,
-        dtype=weight.dtype, device=weight.device, prefix_caching=False, window=config.attention_window,
+        dtype=dtype, device=weight.device, prefix_caching=False, window=config.attention_window,
     )  # fmt: skip
 
 
