@@ -452,6 +452,14 @@ def test_bias_and_allowed_tokens(llama):
     assert generate(llama, [PROMPTS[0]], max_new_tokens=1, logit_bias={greedy: -1e4})[0][0] != greedy
 
 
+def test_a_bias_whatever_the_default_dtype_is(llama):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert generate(llama, [PROMPTS[0]], max_new_tokens=3, logit_bias={7: 1e4}) == [[7, 7, 7]]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
 def test_penalties_see_the_prompt_and_what_came_since(llama, name):
     """A penalty that nothing can make up for: no token comes twice, and none of the prompt's."""

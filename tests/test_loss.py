@@ -866,11 +866,13 @@ def test_compile_fullgraph(path):
         mean = lmops.cross_entropy(logits, y, label_smoothing=0.1, inplace_backward=True)
         rows = lmops.cross_entropy(x, y, z_loss=0.1, reduction="none")
         distilled = lmops.kl_div(x, x.sin()) + lmops.linear_kl_div(hidden, weight, hidden.sin(), weight)
+        distilled = distilled + lmops.linear_kl_div(hidden, frozen, hidden.sin(), frozen)  # the same head twice
         return mean * 3 + rows.sin().sum() + distilled + lmops.linear_cross_entropy(hidden, weight, y)
 
     x = torch.randn(4, 9, device=path.device, requires_grad=True)
     hidden = torch.randn(4, 6, device=path.device, requires_grad=True)
     weight = torch.randn(9, 6, device=path.device, requires_grad=True)
+    frozen = torch.randn(9, 6, device=path.device)
     y = torch.tensor([1, 2, -100, 8], device=path.device)
     expected = loss(x, hidden, weight, y)
     actual = torch.compile(loss, fullgraph=True)(x, hidden, weight, y)

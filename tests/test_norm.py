@@ -244,7 +244,8 @@ def test_opcheck(path):
 def test_compile_fullgraph(path):
     def loss(x, r, w, b):
         y, h = lmops.rms_norm(x, w, residual=r)
-        return (lmops.layer_norm(h + y, w, b) * lmops.layer_norm(x)).sin().sum()
+        twice, _ = lmops.rms_norm(y, w, residual=y)
+        return (lmops.layer_norm(h + y, w, b) * lmops.layer_norm(x) + twice).sin().sum()
 
     x, r = (torch.randn(2, 6, 8, device=path.device, requires_grad=True) for _ in range(2))
     w, b = (torch.randn(8, device=path.device, requires_grad=True) for _ in range(2))

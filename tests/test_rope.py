@@ -185,7 +185,8 @@ def test_compile_fullgraph(path):
     def loss(q, k, cos, sin):
         y, z = lmops.rope(q, k, cos, sin)
         y, _ = lmops.rope(y * 2, None, cos, sin, interleaved=True)
-        return (y.sin() * z).sum()
+        both = lmops.rope(z, z, cos, sin)
+        return (y.sin() * z).sum() + both[0].sin().sum() + both[1].sum()
 
     q, k = (torch.randn(5, 2, 8, device=path.device, requires_grad=True) for _ in range(2))
     cos, sin = (t.to(path.device) for t in tables(5, 4))

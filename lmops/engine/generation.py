@@ -193,7 +193,7 @@ class _Chooser:
             counts = [torch.bincount(torch.tensor(prompt), minlength=vocab) for prompt in prompts]
             self.counts = torch.stack(counts).repeat_interleave(params.samples, 0).to(device, torch.int32)
         if params.logit_bias:
-            self.bias = torch.zeros(vocab)
+            self.bias = torch.zeros(vocab, dtype=torch.float32)
             self.bias[list(params.logit_bias)] = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
             self.bias = self.bias.to(device)
         if params.allowed_tokens is not None:

@@ -6,7 +6,7 @@ torch's dispatcher picks between them by the device of the tensors; nothing else
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -76,6 +76,16 @@ def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
             return launcher(first, *rest)
 
     return call
+
+
+def distinct(*arguments: Any) -> Sequence[Any]:
+    """The arguments; for torch.compile, whose autograd functions take no tensor twice, with views of repeated ones."""
+    if not torch.compiler.is_compiling():
+        return arguments
+    return [
+        a.view_as(a) if isinstance(a, torch.Tensor) and any(a is b for b in arguments[:i]) else a
+        for i, a in enumerate(arguments)
+    ]
 
 
 def warp_size() -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op, target_name
+from lmops.ops._register import define_op, distinct, target_name
 from lmops.reference.attention import attention as reference
 from lmops.reference.attention import backward as backward_reference
 from lmops.reference.attention import dropout_keep
@@ -788,15 +788,7 @@ def attention(
             f"head_dim must be at most 256 where gradients are computed, got {query.shape[3]} and {value.shape[3]};"
             " use torch.no_grad() for inference"
         )
-    return _Attention.apply(*_distinct((query, key, value, *options)))
-
-
-def _distinct(arguments: Sequence[Any]) -> list[Any]:
-    """The arguments with a view in place of a tensor that came before: torch.compile takes no tensor twice."""
-    return [
-        a.view_as(a) if isinstance(a, Tensor) and any(a is b for b in arguments[:i]) else a
-        for i, a in enumerate(arguments)
-    ]
+    return _Attention.apply(*distinct(query, key, value, *options))
 
 
 def _binding(left: int | None, right: int | None, shift: int, q_len: int, k_len: int) -> tuple[int | None, int | None]:

@@ -21,7 +21,7 @@ from lmops.ops._loss_chunks import (
     kl_div_torch,
     statistics,
 )
-from lmops.ops._register import define_op
+from lmops.ops._register import define_op, distinct
 from lmops.ops.loss import (
     OPTIONS,
     REDUCTIONS,
@@ -494,7 +494,7 @@ def linear_cross_entropy(
     codes, quantized = _arguments(weight)
     inputs = rows, codes, bias, target if target.ndim == 1 else target.reshape(-1), class_weight
     if _has_gradient(rows, codes, bias):
-        loss = _LinearCrossEntropy.apply(total, reduction, options, *inputs, *quantized)
+        loss = _LinearCrossEntropy.apply(total, reduction, options, *distinct(*inputs, *quantized))
     else:
         # what is a default is left out: each argument costs the host time
         dense = quantized[0] is None
@@ -552,7 +552,8 @@ def linear_kl_div(
         mask if mask is None or mask.ndim == 1 else mask.reshape(-1),
     )  # fmt: skip
     if _has_gradient(rows, codes, student_bias):
-        loss = _LinearKLDiv.apply(as_tensor(total, student_hidden), reduction, options, *inputs, *student, *teacher)
+        arguments = distinct(*inputs, *student, *teacher)
+        loss = _LinearKLDiv.apply(as_tensor(total, student_hidden), reduction, options, *arguments)
     else:
         dense = student[0] is None and teacher[0] is None
         state = linear_kl_div_forward(*inputs, *options, *(() if dense else (*student, *teacher)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op, warp_size
+from lmops.ops._register import define_op, distinct, warp_size
 from lmops.ops._rows import NO_FUSION, Geometry, Tile, geometry, softmax_tile
 from lmops.ops._strides import aligned_alike, row_layout
 from lmops.ops.softmax import FLOATS
@@ -421,7 +421,7 @@ def _norm(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _Norm.apply(x, residual, weight, bias, eps, weight_offset, centred)
+        return _Norm.apply(*distinct(x, residual, weight, bias), eps, weight_offset, centred)
     if residual is None:
         return norm(x, weight, bias, eps, weight_offset, centred)
     return norm_forward(x, residual, weight, bias, eps, weight_offset, centred)[:2]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op, warp_size
+from lmops.ops._register import define_op, distinct, warp_size
 from lmops.ops.softmax import FLOATS
 
 
@@ -265,7 +265,7 @@ def rope(
                 raise ValueError(f"{name} shares memory between its elements (strides {x.stride()}): not inplace")
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
         if not inplace:
-            return _Rope.apply(q, k, cos, sin, positions, interleaved)
+            return _Rope.apply(*distinct(q, k, cos, sin), positions, interleaved)
         q = _RopeInplace.apply(q, cos, sin, positions, interleaved)
         return q, None if k is None else _RopeInplace.apply(k, cos, sin, positions, interleaved)
     if inplace:
