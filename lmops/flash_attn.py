@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lmops.ops.attention import attention, check_window
-from lmops.ops.paged_attention import paged_attention_of_tokens
+from lmops.ops.paged_attention import checked, paged_attention_of_tokens, paged_attention_op
 from lmops.ops.paged_cache import KVPages, append_slots, store_kv
 from lmops.ops.rope import rope
 
@@ -298,8 +298,9 @@ def flash_attn_with_kvcache(
         holds after appending.
 
     Returns out, (batch, seqlen_q, nheads, headdim), and with return_softmax_lse also the LSE (batch, nheads, seqlen_q).
-    Raises ValueError or TypeError for arguments that do not fit together, before anything is written. On a GPU values
-    of cache_seqlens, cache_batch_idx and block_table are not checked: tokens that have no place are not written.
+    Raises ValueError or TypeError for arguments that do not fit together, before anything is written, but for values of
+    cache_batch_idx, cache_leftpad and block_table. On a GPU these and cache_seqlens' are not checked: tokens that have
+    no place are not written.
     """
     of_k, of_v = (CACHED_K, CACHED_V) if block_table is None else (PAGES_K, PAGES_V)
     _check_layouts(q=(q, Q), k_cache=(k_cache, of_k), v_cache=(v_cache, of_v))
@@ -330,6 +331,8 @@ def flash_attn_with_kvcache(
         raise ValueError("k and v must be given together")
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError("rotary_cos and rotary_sin must be given together")
+    if rotary_cos is not None and k is None:
+        raise ValueError("rotary_cos must be None without k and v: it rotates what is appended")
     window = check_window(window_size, "window_size")
     if k is not None and v is not None:
         _check_layouts(q=(q, Q), k=(k, NEW_K), v=(v, NEW_V))
@@ -337,18 +340,20 @@ def flash_attn_with_kvcache(
         slots, positions, places, cache_seqlens = append_slots(
             cache_seqlens, table, k.shape[1], seqlen_q, size, moving=moving
         )
+    queries = q.flatten(0, 1)
+    arguments = checked(
+        queries, pages, table, cache_seqlens, max_q=seqlen_q, leftpad=cache_leftpad, scale=softmax_scale,
+        causal=causal, window=window, softcap=max(softcap, 0), slopes=alibi_slopes,
+    )  # fmt: skip
+    if k is not None and v is not None:
         if rotary_cos is not None and rotary_sin is not None:
             q, _ = rope(q, None, rotary_cos, rotary_sin, positions=places, interleaved=rotary_interleaved)
+            queries = q.flatten(0, 1)
         store_kv(
             k.flatten(0, 1), v.flatten(0, 1), pages, slots, cos=rotary_cos, sin=rotary_sin,
             positions=None if rotary_cos is None else positions, interleaved=rotary_interleaved,
         )  # fmt: skip
-    elif rotary_cos is not None:
-        raise ValueError("rotary_cos must be None without k and v: it rotates what is appended")
-    out, lse = paged_attention_of_tokens(
-        q.flatten(0, 1), pages, table, cache_seqlens, max_q=seqlen_q, leftpad=cache_leftpad, scale=softmax_scale,
-        causal=causal, window=window, softcap=max(softcap, 0), slopes=alibi_slopes,
-    )  # fmt: skip
+    out, lse = paged_attention_op(queries, *arguments)
     out = out.view(batch, seqlen_q, *out.shape[1:])
     return (out, lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1)) if return_softmax_lse else out
 

@@ -357,6 +357,23 @@ CACHED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("message", "wrong"),
+    [
+        ("heads must be a multiple", {"q": torch.randn(2, 1, 3, 8)}),
+        ("softcap must be", {"softcap": float("nan")}),
+        ("scale must be finite", {"softmax_scale": float("inf")}),
+        ("alibi_slopes must have the shape", {"alibi_slopes": torch.ones(3)}),
+    ],
+)
+def test_a_step_that_is_refused_writes_nothing(message, wrong):
+    cache, new = torch.zeros(2, 2, 9, 2, 8), torch.randn(2, 1, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        flash_attn_with_kvcache(**{"q": new, "k_cache": cache[0], "v_cache": cache[1], "k": new, "v": new, **wrong,
+                                   "cache_seqlens": 3})  # fmt: skip
+    assert not cache.any()
+
+
 @pytest.mark.parametrize("name", CACHED)
 def test_with_kvcache(path, name):
     """Against the formula on each sequence's own keys, appended and rotated by hand."""

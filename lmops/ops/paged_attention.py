@@ -446,6 +446,17 @@ def paged_attention_of_tokens(
     pages: KVPages,
     block_table: Tensor,
     context_lens: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`paged_attention` of query (T, H, D): output (T, H, Dv) and LSE (H, T), with the options of `checked`."""
+    return paged_attention_op(query, *checked(query, pages, block_table, context_lens, **options))
+
+
+def checked(
+    query: Tensor,
+    pages: KVPages,
+    block_table: Tensor,
+    context_lens: Tensor,
     *,
     cu_q: Tensor | None = None,
     max_q: int | None = None,
@@ -458,8 +469,9 @@ def paged_attention_of_tokens(
     sinks: Tensor | None = None,
     shared: int = 0,
     batch_invariant: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`paged_attention` of query (T, H, D): output (T, H, Dv) and LSE (H, T). Without cu_q each sequence has max_q.
+) -> tuple[Any, ...]:
+    """What `paged_attention_op` takes behind query (T, H, D), once it is found to fit. Without cu_q each sequence has
+    max_q queries.
 
     leftpad: (S,) int32, how many slots at the start of a sequence hold nothing; context_lens counts them. The table
     must have one block a sequence then.
@@ -519,7 +531,7 @@ def paged_attention_of_tokens(
         )
     if cu_q is None and max_q == 1 and right == 0:
         right = None  # the only query of a sequence sees all its keys
-    return paged_attention_op(
-        query, pages.k, pages.v, pages.k_scale, pages.v_scale, block_table, context_lens, cu_q, leftpad, slopes, sinks,
+    return (
+        pages.k, pages.v, pages.k_scale, pages.v_scale, block_table, context_lens, cu_q, leftpad, slopes, sinks,
         n_tokens if max_q is None else max_q, scale, left, right, float(softcap or 0), shared, batch_invariant,
     )  # fmt: skip
