@@ -474,6 +474,33 @@ def test_learned_queries_are_given_once_for_the_batch():
 # ---- quantized models -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("linear", ["int4", "fp8"])
+def test_what_optimize_quantized_is_saved_and_loaded(tmp_path, linear, tied):
+    """Also a head in 8 bits, which shares no weight with the embedding any more. No other model's config changes."""
+    model, tokens = build("Llama", tie_word_embeddings=tied), torch.randint(3, 97, (2, 12))
+    other = type(model)(model.config)
+    lmops.optimize(model, attention=False, linear=linear, group_size=16)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        model.save_pretrained(tmp_path)
+        again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values())
+        lmops.restore(model)
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+        torch.testing.assert_close(again(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    assert model.config is model.model.config is not other.config
+    assert other.config.tie_word_embeddings == tied
+    assert not hasattr(other.config, "quantization_config")
+
+
+def test_w8a8_is_not_saved(tmp_path):
+    model = build("Llama")
+    lmops.optimize(model, linear="w8a8")
+    with pytest.raises(NotImplementedError, match="W8A8"):
+        model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("settings", [{}, {"bits": 8}, {"method": "gptq"}, {"symmetric": True}], ids=str)
 def test_quantized_as_it_is_loaded_saved_and_loaded(tmp_path, settings):
     model, tokens = build("Llama", attention_bias=True), torch.randint(3, 97, (2, 12))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lmops.integrations.edits import Item, Report, Work, size_of
 from lmops.integrations.layers import torch_module
-from lmops.integrations.transformers_layers import transformers_layers
+from lmops.integrations.transformers_layers import transformers_layers, transformers_quantized
 from lmops.ops._register import OPERATORS
 from lmops.quantization.linear import QuantLinear
 from lmops.quantization.quantize import _evaluating, _find_layers, quantize_model
@@ -75,6 +75,7 @@ def optimize(
         are rounded to nearest; `lmops.quantization.quantize_model` has better ways. This cannot be undone.
         The head, a layer called "lm_head" or "head", becomes int8 with a scale a row for "int4" and "int8", which moves
         logits by less than their layers do, and stays for the others. An embedding that shares its weight keeps it.
+        `save_pretrained` of a transformers model writes all but "w8a8", for `from_pretrained`.
     skip: names to leave alone: a whole name, part of one between its dots ("lm_head", "layers.0"), or with wildcards.
     verify: inputs of the model: a mapping of arguments, a tuple of them, or the only one. The model runs before and
         after, in evaluation mode, and in the next higher precision as the truth, for which it is copied. Where linear
@@ -121,6 +122,8 @@ def optimize(
         work.undo()
         raise
     model.__dict__.setdefault(EDITS, []).extend(work.edits)
+    if linear is not None:
+        transformers_quantized(model, linear, group_size, skip)
     work.report.bytes_after = size_of(model)
     devices = sorted({t.device.type for t in (*model.parameters(), *model.buffers())} or {"cpu"})
     for name in dict.fromkeys(name for item in work.report.replaced for name in item.operators):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,7 @@ from lmops.models.quantized import assemble, read_scheme
 from lmops.quantization.linear import QuantLinear
 from lmops.quantization.quantize import METHODS, quantize_model
 from lmops.quantization.tensor import INFO, PARTS, QuantizedTensor
+from lmops.quantization.w8a8 import W8A8Linear
 
 NAME = "lmops"
 # what transformers needs to load a checkpoint of that method; without it our quantizer takes its place
@@ -101,6 +103,24 @@ class LmopsQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """Called by `save_pretrained`: the configuration is to say how the layers are read."""
+        if any(isinstance(module, W8A8Linear) for module in model.modules()):
+            raise NotImplementedError(
+                "layers of 8 bits on both sides (W8A8) cannot be saved for transformers: save the model as it was, and "
+                "quantize it where it is loaded"
+            )
+        config = copy.deepcopy(model.config)  # others may have it too, of models that are not quantized
+        config.quantization_config = self.quantization_config
+        if isinstance(model.get_output_embeddings(), QuantLinear):  # then it shares no weight with the embedding
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        before = model.config
+        for module in model.modules():
+            for name, value in module.__dict__.items():
+                if value is before:
+                    module.__dict__[name] = config
+        return super().get_state_dict_and_metadata(model)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any

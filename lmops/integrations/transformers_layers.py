@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any, cast
@@ -281,6 +281,20 @@ def _transformers_block(work: Work, name: str, block: Any) -> None:
     same = len({(code.co_code, code.co_names, code.co_varnames) for code in codes}) == 1
     if same and replaced:
         work.replace_forward(name, block, ours, what, NORM)
+
+
+def transformers_quantized(model: nn.Module, linear: str, group_size: int, skip: Sequence[str]) -> None:
+    """Give transformers models their quantizer: `save_pretrained` then writes what `from_pretrained` reads."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers import PreTrainedModel
+
+    from lmops.integrations.quantizer import LmopsConfig, LmopsQuantizer
+
+    bits, group_size = 4 if linear == "int4" else 8, group_size if linear[:3] == "int" else -1
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module, "hf_quantizer", None) is None:
+            module.hf_quantizer = LmopsQuantizer(LmopsConfig(bits, group_size, skip=skip), pre_quantized=True)
 
 
 def _transformers_loss(work: Work, name: str, model: Any) -> None:
