@@ -294,7 +294,8 @@ def transformers_quantized(model: nn.Module, linear: str, group_size: int, skip:
     bits, group_size = 4 if linear == "int4" else 8, group_size if linear[:3] == "int" else -1
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and getattr(module, "hf_quantizer", None) is None:
-            module.hf_quantizer = LmopsQuantizer(LmopsConfig(bits, group_size, skip=skip), pre_quantized=True)
+            quantizer: Any = LmopsQuantizer(LmopsConfig(bits, group_size, skip=skip), pre_quantized=True)
+            module.hf_quantizer = quantizer
 
 
 def _transformers_loss(work: Work, name: str, model: Any) -> None:
