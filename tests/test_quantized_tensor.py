@@ -227,6 +227,7 @@ def test_from_codes_refuses(change, error, message):
         ({"zeros": torch.ones(2, 4)}, r"zeros of x must be \(2, 4\) in torch.uint8"),
         ({"info": torch.tensor([9, 0, 4, 64, 32])}, r"info of x must be \[1, format, n_out, n_in, group_size\]"),
         ({"info": torch.tensor([1, 0, 4, 640, 32])}, "packed of x must be"),
+        ({"permutation": torch.arange(1, 65, dtype=torch.int32)}, "permutation of x must hold each column, 0 to 63"),
     ],
 )  # fmt: skip
 def test_from_tensors_refuses(change, message):

@@ -289,6 +289,9 @@ class QuantizedTensor:
                 raise ValueError(f"{part}{where} must be {shape} in {dtype}, got {tuple(t.shape)} in {t.dtype}")
         if len(tensors.keys() & {"zeros", "offsets"}) > (format != "fp8"):
             raise ValueError(f"tensors{where}: {format} with {sorted(tensors)} is not a combination that exists")
+        order = tensors.get("permutation")
+        if order is not None and not order.is_meta and not bool((order.sort()[0].cpu() == torch.arange(n_in)).all()):
+            raise ValueError(f"permutation{where} must hold each column, 0 to {n_in - 1}, once")  # else reads outside
         return QuantizedTensor(
             tensors["packed"], tensors["scales"], tensors.get("zeros"), tensors.get("offsets"),
             tensors.get("permutation"), format, group_size, (n_out, n_in),
