@@ -729,6 +729,20 @@ def test_paged_cache_generates_the_same(family, monkeypatch):
         assert cache.paged.allocator.n_free == 10
 
 
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_paged_cache_under_autocast(family):
+    """Where rotated keys are in float32, and values, or all, in bfloat16."""
+    model, tokens = build(family), torch.randint(3, 97, (2, 8))
+    cache = integration.PagedCache(model, n_tokens=40, block_size=4)
+    with torch.no_grad():
+        truth = model.double()(tokens).logits
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            baseline = model(tokens).logits
+            actual = [model(part, past_key_values=cache).logits for part in (tokens[:, :7], tokens[:, 7:])]
+    assert_accurate(torch.cat(actual, 1), truth, baseline)
+
+
 @pytest.mark.parametrize("how", [{"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 3}], ids=str)
 def test_paged_cache_with_beams_and_samples(how):
     """Beams fork: they share the blocks of their past."""

@@ -31,7 +31,7 @@ class _Step:
     n_tokens: int
     pads: Tensor | None
     real: Tensor | None
-    agrees: dict[tuple[int, int | None], bool] = field(default_factory=dict)
+    agrees: dict[tuple[int, int | None], tuple[Tensor, bool]] = field(default_factory=dict)  # the mask keeps its id
 
     def says_the_same(self, mask: Tensor, left: int | None) -> bool:
         """Whether a mask hides what a causal one with this window and padding does; looked at once a mask."""
@@ -44,8 +44,8 @@ class _Step:
             expected = (keys <= queries) & (keys >= self.pads[:, None, None, None])
             if left is not None:
                 expected &= queries - keys <= left
-            self.agrees[key] = expected.shape == mask.shape and bool((expected == mask).all())
-        return self.agrees[key]
+            self.agrees[key] = mask, expected.shape == mask.shape and bool((expected == mask).all())
+        return self.agrees[key][1]
 
 
 class PagedStates(Tensor):
@@ -98,6 +98,8 @@ class PagedStates(Tensor):
         """Attention of query (B, H, n_new, D) over the pages, (B, n_new, H, Dv); 0 for padding."""
         step, batch = self.step, self.step.batch
         rows = query.transpose(1, 2).flatten(0, 1)
+        if self.pages.k_scale is None and rows.dtype != self.pages.k.dtype:  # under autocast
+            rows = rows.float()
         out, _ = paged_attention_of_tokens(
             rows if step.real is None else rows[step.real], self.pages, batch.block_table, batch.context_lens,
             cu_q=None if step.real is None else batch.cu_seqlens_q,
@@ -106,7 +108,7 @@ class PagedStates(Tensor):
         )  # fmt: skip
         if step.real is not None:
             out = out.new_zeros(len(rows), *out.shape[1:]).index_copy_(0, step.real, out)
-        return out.view(query.shape[0], query.shape[2], query.shape[1], -1)
+        return out.view(query.shape[0], query.shape[2], query.shape[1], -1).to(query.dtype)
 
 
 class _Layer(CacheLayerMixin):
@@ -174,6 +176,7 @@ class PagedCache(Cache):
             raise ValueError(f"model must be a decoder with num_attention_heads, got {type(model).__name__}")
         self._given_pads = [] if attention_mask is None else _left_padding(attention_mask)
         parameter = next(p for p in model.parameters() if p.is_floating_point())
+        self._dtype = parameter.dtype
         self.paged = PagedKVCache(
             -(-n_tokens // block_size), n_layers=config.num_hidden_layers,
             n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
@@ -200,7 +203,7 @@ class PagedCache(Cache):
             )
         layer.n_tokens += n_new
         step, pages = self.step, self.paged.layers[layer.index]
-        k, v = (t.transpose(1, 2).flatten(0, 1) for t in (keys, values))
+        k, v = (t.transpose(1, 2).flatten(0, 1).to(self._dtype) for t in (keys, values))  # under autocast they differ
         if step.real is not None:
             k, v = k[step.real], v[step.real]
         store_kv(k, v, pages, step.batch.slot_mapping)
