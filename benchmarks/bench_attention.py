@@ -197,6 +197,6 @@ COMPILE = [
     Variant("attention-bf16-16-short", passes(16, bf16, length=40, kv_heads=8), tensor_core="any"),
     Variant("attention-fp32-64-causal", passes(64, fp32, right=0)),
     Variant("attention-fp32-128-causal", passes(128, fp32, right=0)),
-    # its backward is left out: no tile is known that does not spill there (dq, about 600 bytes a thread)
-    Variant("attention-fp32-256", passes(256, fp32, backward=False)),
+    Variant("attention-fp32-192-values-128-causal", passes(192, fp32, value_dim=128, right=0)),
+    Variant("attention-fp32-256", passes(256, fp32)),
 ]

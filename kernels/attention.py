@@ -104,15 +104,26 @@ def load_tile(ptr, start, offsets, stride, in_rows, DIM: tl.constexpr, EDGE: tl.
 
 
 @triton.jit
-def load_stats(stats_ptr, first, rows, in_rows, EDGE: tl.constexpr, WIDE: tl.constexpr):
-    """base, delta and rest of the rows from `first` on; base is inf, for a p of 0, where there is no query."""
+def dot_transposed(a, b, c, PRECISION: tl.constexpr, PARTS: tl.constexpr):
+    """c + a b^T, in PARTS of the columns side by side: a product without tensor cores keeps its rows in registers."""
+    if PARTS == 1:
+        return tl.dot(a, b.T, c, input_precision=PRECISION)
+    else:
+        a = a.reshape((a.shape[0], PARTS, a.shape[1] // PARTS)).permute((1, 0, 2))
+        b = b.reshape((b.shape[0], PARTS, b.shape[1] // PARTS)).permute((1, 2, 0))
+        return c + tl.sum(tl.dot(a, b, input_precision=PRECISION), 0)
+
+
+@triton.jit
+def load_stats(stats_ptr, rows, in_rows, EDGE: tl.constexpr, WIDE: tl.constexpr):
+    """base, delta and rest of rows, counted from the one at stats_ptr; base is inf, for a p of 0, where no query is."""
     if WIDE:
-        at = stats_ptr + 3 * (first + rows)
+        at = stats_ptr + 3 * rows
         base = tl.load(at, mask=in_rows, other=float("inf"))
         return base, tl.load(at + 1, mask=in_rows, other=0.0), tl.load(at + 2, mask=in_rows, other=0.0)
     else:
         # pairs: one access, and side by side in the registers of a lane
-        pairs_ptr = stats_ptr + 2 * first + 2 * rows[:, None] + tl.arange(0, 2)[None, :]
+        pairs_ptr = stats_ptr + 2 * rows[:, None] + tl.arange(0, 2)[None, :]
         if EDGE:
             base, delta = tl.split(tl.load(pairs_ptr, mask=in_rows[:, None], other=float("inf")))
         else:
@@ -363,6 +374,7 @@ def attention_backward_dq_kernel(
     begin, full_begin, full_end, end = visible_range(
         row0 + shift, tl.minimum(row0 + BLOCK_M, q_len) - 1 + shift, left, right, k_len, LEFT, RIGHT, BLOCK_N
     )
+    PARTS: tl.constexpr = 8 if WIDE and PRECISION == "ieee" and max(BLOCK_D, BLOCK_E) > 128 else 1
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     # a large tile leaves no register to spare: the edges go first, what only they need is gone when the full ones come
     FIRST: tl.constexpr = 1 if BLOCK_N > 64 else 0
@@ -379,7 +391,7 @@ def attention_backward_dq_kernel(
                           k_desc, k_batch, kv_head, k_first, DESCRIPTOR)  # fmt: skip
             if EDGE or (BIAS != ""):
                 k, spoiled = without_nonfinite(k)
-            x = tl.dot(q, k.T, input_precision=PRECISION)  # (M, N)
+            x = dot_transposed(q, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, PARTS)  # (M, N)
             if EDGE or (BIAS != ""):
                 x += spoiled[None, :]
             bias = load_bias(bias_ptr, positions[:, None], at[None, :], bias_strides, q_len, k_len, BIAS)
@@ -391,7 +403,7 @@ def attention_backward_dq_kernel(
             p = tl.exp2(z - rest[:, None] if WIDE else z)
             # without dropout -delta is the first value of the sum
             dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) - (0.0 if DROPOUT or WIDE else delta[:, None])
-            dp = tl.dot(do, v.T, dp, input_precision=PRECISION)
+            dp = dot_transposed(do, v, dp, PRECISION, PARTS)
             if DROPOUT:
                 keep = kept(seed, positions[:, None], at[None, :], batch * n_heads + head, dropout_p)
                 dp = tl.where(keep, dp * (1 / (1 - dropout_p)), 0.0)
@@ -410,20 +422,23 @@ def attention_backward_dq_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_backward_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, stats_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, q_desc, k_desc, v_desc, do_desc, dk_ptr, dv_ptr, stats_ptr, bias_ptr, slopes_ptr,
+    cu_q_ptr, cu_k_ptr, seed_ptr,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, bias_strides, slopes_stride,
     n_heads, q_total, k_total, scale, factor, left, right, softcap, dropout_p,
     FIRST_BATCH: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr,
     PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr,
     ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    PTX: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, PTX: tl.constexpr,
     OFFSET: tl.constexpr, ALIKE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dk = ds^T q and dv = p^T do for BLOCK_N keys of a key head, summed over its query heads.
 
     Scores are computed transposed, k q^T, so that p^T and ds^T are the left operands of the products as they come.
+    DESCRIPTOR: q_desc, k_desc, v_desc and do_desc are tensor descriptors; not PACKED, where behind a sequence there are
+    no zeros.
     """
     tile, kv_head, batch = program(FIRST_BATCH, LEFT and not RIGHT)
     q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
@@ -436,8 +451,12 @@ def attention_backward_dkv_kernel(
     in_cols = cols < k_len
     k_rows = (k_first + cols)[:, None]
     in_k, in_v = in_cols[:, None] & (dims < HEAD_DIM)[None, :], in_cols[:, None] & (value_dims < VALUE_DIM)[None, :]
-    k = tl.load(k_ptr + offset((k_batch, kv_head, k_rows, dims[None, :]), k_strides), mask=in_k, other=0.0)
-    v = tl.load(v_ptr + offset((k_batch, kv_head, k_rows, value_dims[None, :]), v_strides), mask=in_v, other=0.0)
+    if DESCRIPTOR:
+        k = k_desc.load([k_batch, kv_head, k_first + col0, 0]).reshape((BLOCK_N, BLOCK_D))
+        v = v_desc.load([k_batch, kv_head, k_first + col0, 0]).reshape((BLOCK_N, BLOCK_E))
+    else:
+        k = tl.load(k_ptr + offset((k_batch, kv_head, k_rows, dims[None, :]), k_strides), mask=in_k, other=0.0)
+        v = tl.load(v_ptr + offset((k_batch, kv_head, k_rows, value_dims[None, :]), v_strides), mask=in_v, other=0.0)
     q_offsets = rows.to(OFFSET)[:, None] * q_strides[2] + dims.to(OFFSET)[None, :] * q_strides[3]
     do_offsets = (
         q_offsets
@@ -451,32 +470,41 @@ def attention_backward_dkv_kernel(
     begin, full_begin, full_end, end = visible_range(
         col0 - shift, tl.minimum(col0 + BLOCK_N, k_len) - 1 - shift, right, left, q_len, RIGHT, LEFT, BLOCK_M
     )
+    STATS: tl.constexpr = 3 if WIDE else 2  # numbers a row
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         head_q_ptr = q_ptr + offset((q_batch, head, q_first, 0), q_strides)
         head_do_ptr = do_ptr + offset((q_batch, head, q_first, 0), do_strides)
-        row_at = (q_batch * n_heads + head).to(tl.int64) * q_total + q_first
+        head_stats_ptr = stats_ptr + STATS * ((q_batch * n_heads + head).to(tl.int64) * q_total + q_first)
         slope = tl.load(slopes_ptr + batch * slopes_stride + head) if ALIBI else 0.0
         head_bias_ptr = bias_ptr
         if BIAS != "":
             head_bias_ptr += batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
         for EDGE in tl.static_range(2):
             skip = full_end - full_begin
+            tile_stats_ptr = head_stats_ptr + STATS * full_begin
             for start in tl.range(
                 begin + skip if EDGE else full_begin,
                 end if EDGE else full_end,
                 BLOCK_M,
                 num_stages=1 if EDGE and not (LEFT or RIGHT) else None,
+                disable_licm=EDGE,  # what only the edges need takes no registers in the loop over full tiles
             ):
                 if EDGE:
                     start -= tl.where(start < full_end, skip, 0)
                 at = start + rows
                 in_rows = at < q_len
-                q = load_tile(head_q_ptr, start, q_offsets, q_strides[2], in_rows, HEAD_DIM, EDGE)
-                do = load_tile(head_do_ptr, start, do_offsets, do_strides[2], in_rows, VALUE_DIM, EDGE)
-                base, delta, rest = load_stats(stats_ptr, row_at + start, rows, in_rows, EDGE, WIDE)
+                q = load_tile(head_q_ptr, start, q_offsets, q_strides[2], in_rows, HEAD_DIM, EDGE,
+                              q_desc, q_batch, head, q_first, DESCRIPTOR)  # fmt: skip
+                do = load_tile(head_do_ptr, start, do_offsets, do_strides[2], in_rows, VALUE_DIM, EDGE,
+                               do_desc, q_batch, head, q_first, DESCRIPTOR)  # fmt: skip
+                if EDGE:
+                    tile_stats_ptr = head_stats_ptr + STATS * start
+                base, delta, rest = load_stats(tile_stats_ptr, rows, in_rows, EDGE, WIDE)
+                # it moves, since added to it `start` would be 64 bits wide for the whole loop
+                tile_stats_ptr += STATS * BLOCK_M
                 xt = tl.dot(k, q.T, input_precision=PRECISION)  # (N, M)
                 bias = load_bias(head_bias_ptr, at[None, :], cols[:, None], bias_strides, q_len, k_len, BIAS)
                 query = (at + shift)[None, :]
@@ -562,7 +590,8 @@ def attention_backward_bias_kernel(
         do = tl.load(do_ptr + do_at, mask=in_rows & (value_dims < VALUE_DIM), other=0.0)
         v = tl.load(v_ptr + v_at, mask=in_cols & (value_dims < VALUE_DIM), other=0.0)
         row_at = (batch * n_heads + head).to(tl.int64) * q_total + first_row
-        base, delta, rest = load_stats(stats_ptr, row_at, tl.arange(0, BLOCK_M), rows < q_total, True, WIDE)
+        tile_stats_ptr = stats_ptr + (3 if WIDE else 2) * row_at
+        base, delta, rest = load_stats(tile_stats_ptr, tl.arange(0, BLOCK_M), rows < q_total, True, WIDE)
         slope = tl.load(slopes_ptr + batch * slopes_stride + head) if ALIBI else 0.0
         head_bias_ptr = bias_ptr + batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
         bias = load_bias(head_bias_ptr, rows[:, None], cols[None, :], bias_strides, q_total, k_total, "add")

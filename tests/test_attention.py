@@ -180,6 +180,12 @@ def test_head_dims(path, D, E):
     check(path, make(B=1, H=2, KV=1, Sq=37, Sk=45, D=D, E=E, dtype=torch.float16), right=0, bottom_right=True)
 
 
+@pytest.mark.parametrize(("D", "E"), [(256, 256), (160, 96), (96, 160)])
+def test_long_head_dims_in_float32(path, D, E):
+    """Without tensor cores the scores of long rows are computed in parts, which are added up."""
+    check(path, make(B=1, H=2, KV=1, Sq=37, Sk=45, D=D, E=E), right=0, bottom_right=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_head_dim_512_forward(path, dtype):
     q, k, v = make(B=1, H=2, KV=2, Sq=20, Sk=36, D=512, dtype=dtype)

@@ -425,7 +425,7 @@ WIDE_TILES = {
     ("forward", 512): ((16, 16, 8, 1),),
     ("dq", 64): ((32, 32, 8, 1),),
     ("dq", 128): ((16, 16, 8, 1),),
-    ("dq", 256): ((16, 16, 8, 2), (16, 16, 4, 1)),
+    ("dq", 256): ((16, 16, 8, 1),),
     ("dkv", 64): ((32, 32, 8, 1),),
     ("dkv", 128): ((32, 16, 8, 1),),
     ("dkv", 256): ((16, 16, 8, 1), (16, 16, 4, 2)),
@@ -572,12 +572,12 @@ def _forward_triton(
 
 @dataclass(frozen=True)
 class _Backward:
-    """The launches of a backward, and the forms of descriptors of k and v in that for dq, or None."""
+    """The launches of a backward, and the forms of descriptors, or None: of k, v for dq, of q, k, v, do for dkv."""
 
     dq: tuple[Launch, ...]
-    k_form: Any
-    v_form: Any
+    dq_forms: tuple[Any, ...]
     dkv: tuple[Launch, ...]
+    dkv_forms: tuple[Any, ...]
     bias: Launch | None
 
 
@@ -603,19 +603,23 @@ def _prepare_backward(
     if (target, dim, tile.block_n) == ("sm_90", 128, 128) and triton.__version__.startswith("3.6."):
         tile = replace(tile, block_n=64)  # of 128 keys its assembler serializes the products (C7515)
     descriptors = _suit_descriptors(target, k, v)
-    k_form, v_form = (_form(t, tile.block_n) if descriptors else None for t in (k, v))
+    dq_forms = tuple(_form(t, tile.block_n) if descriptors else None for t in (k, v))
     to_dq = _launches(
         attention_backward_dq_kernel, (-(-opts.max_q // tile.block_m), n_heads, n_batch), o_strides=o.stride(),
         do_strides=do.stride(), dq_strides=dq.stride(), dlse_strides=(0, 0, 0) if dlse is None else dlse.stride(),
         DLSE=dlse is not None, DESCRIPTOR=descriptors, **arguments, **_of_tile(tile, k, v),
     )  # fmt: skip
     tile = attention_tile("dkv", dim, size, opts.max_k, target, tile_column("dkv", opts, group, target))
+    # of packed sequences the next one would lie behind the last query, in the place of zeros
+    descriptors = _suit_descriptors(target, q, k, v, do) and opts.cu_q is None
+    rows = (tile.block_m, tile.block_n, tile.block_n, tile.block_m)
+    dkv_forms = tuple(_form(t, n) if descriptors else None for t, n in zip((q, k, v, do), rows, strict=True))
     to_dkv = _launches(
         attention_backward_dkv_kernel, (-(-opts.max_k // tile.block_n), kv_heads, n_batch), do_strides=do.stride(),
-        dk_strides=dk.stride(), dv_strides=dv.stride(), **arguments, **_of_tile(tile, q, do),
+        dk_strides=dk.stride(), dv_strides=dv.stride(), DESCRIPTOR=descriptors, **arguments, **_of_tile(tile, q, do),
     )  # fmt: skip
     if dbias is None or opts.bias is None:
-        return _Backward(to_dq, k_form, v_form, to_dkv, None)
+        return _Backward(to_dq, dq_forms, to_dkv, dkv_forms, None)
     tile = attention_tile("bias", dim, size, opts.max_q, target, tile_column("bias", opts, group, target))
     summed = tuple(
         b == 1 and n != 1
@@ -628,7 +632,7 @@ def _prepare_backward(
         do_strides=do.stride(), dbias_strides=_broadcast_strides(dbias), n_batch=n_batch, SUM=summed,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages, **own,
     )  # fmt: skip
-    return _Backward(to_dq, k_form, v_form, to_dkv, to_bias)
+    return _Backward(to_dq, dq_forms, to_dkv, dkv_forms, to_bias)
 
 
 def _backward_triton(
@@ -642,11 +646,12 @@ def _backward_triton(
     stats = base.new_empty(*base.shape[:3], 3 if q.dtype == torch.float32 else 2)
     precision = torch.get_float32_matmul_precision()
     plan = _prepare_backward(do, dlse, q, k, v, o, dq, dk, dv, dbias if bias_grad else None, precision, *options)
-    k_desc, v_desc = _descriptor(plan.k_form, k), _descriptor(plan.v_form, v)
+    descriptors = tuple(map(_descriptor, plan.dq_forms, (k, v)))
     for launch in plan.dq:
-        launch(q, k, v, k_desc, v_desc, o, do, dq, base, dlse, stats, bias, slopes, cu_q, cu_k, seed)
+        launch(q, k, v, *descriptors, o, do, dq, base, dlse, stats, bias, slopes, cu_q, cu_k, seed)
+    descriptors = tuple(map(_descriptor, plan.dkv_forms, (q, k, v, do)))
     for launch in plan.dkv:
-        launch(q, k, v, do, dk, dv, stats, bias, slopes, cu_q, cu_k, seed)
+        launch(q, k, v, do, *descriptors, dk, dv, stats, bias, slopes, cu_q, cu_k, seed)
     if plan.bias is not None:
         plan.bias(q, k, v, do, dbias, stats, bias, slopes, seed)
     if sinks is not None:  # a score whose value is 0: ds = p (0 - delta)
