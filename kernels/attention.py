@@ -430,7 +430,7 @@ def attention_backward_dkv_kernel(
     PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, BIAS: tl.constexpr,
     ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, PTX: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, EDGE_STAGES: tl.constexpr, PTX: tl.constexpr,
     OFFSET: tl.constexpr, ALIKE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -438,7 +438,7 @@ def attention_backward_dkv_kernel(
 
     Scores are computed transposed, k q^T, so that p^T and ds^T are the left operands of the products as they come.
     DESCRIPTOR: q_desc, k_desc, v_desc and do_desc are tensor descriptors; not PACKED, where behind a sequence there are
-    no zeros.
+    no zeros. EDGE_STAGES: of the pipeline of loads at the edges, or None for that of the full tiles.
     """
     tile, kv_head, batch = program(FIRST_BATCH, LEFT and not RIGHT)
     q_batch, q_first, q_len = sequence(cu_q_ptr, batch, q_total, PACKED)
@@ -489,7 +489,7 @@ def attention_backward_dkv_kernel(
                 begin + skip if EDGE else full_begin,
                 end if EDGE else full_end,
                 BLOCK_M,
-                num_stages=1 if EDGE and not (LEFT or RIGHT) else None,
+                num_stages=EDGE_STAGES if EDGE else None,
                 disable_licm=EDGE,  # what only the edges need takes no registers in the loop over full tiles
             ):
                 if EDGE:

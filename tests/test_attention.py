@@ -216,6 +216,11 @@ def test_windows(path, left, right, bottom_right):
     check(path, tensors, left=left, right=right, bottom_right=bottom_right)
 
 
+def test_window_over_grouped_heads_of_a_long_head_dim(path):
+    tensors = make(B=2, H=2, KV=1, Sq=150, Sk=170, D=80, dtype=torch.float16)
+    check(path, tensors, left=90, right=0, bottom_right=True)
+
+
 @pytest.mark.parametrize(("left", "Sk", "bottom_right"), [(100, 600, True), (40, 700, True), (40, 560, False)])
 def test_window_over_a_long_sequence(path, left, Sk, bottom_right):
     q, k, v = make(B=1, H=2, KV=1, Sq=560, Sk=Sk, D=16, dtype=torch.float16)

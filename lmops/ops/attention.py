@@ -600,7 +600,8 @@ def _prepare_backward(
     n_heads, kv_heads, n_batch = q.shape[1], k.shape[1], q.shape[0] if opts.cu_q is None else opts.cu_q.numel() - 1
     group = arguments["GROUP"]
     tile = attention_tile("dq", dim, size, opts.max_q, target, tile_column("dq", opts, group, target))
-    if (target, dim, tile.block_n) == ("sm_90", 128, 128) and triton.__version__.startswith("3.6."):
+    triton_3_6 = triton.__version__.startswith("3.6.")
+    if (target, dim, tile.block_n) == ("sm_90", 128, 128) and triton_3_6:
         tile = replace(tile, block_n=64)  # of 128 keys its assembler serializes the products (C7515)
     descriptors = _suit_descriptors(target, k, v)
     dq_forms = tuple(_form(t, tile.block_n) if descriptors else None for t in (k, v))
@@ -610,13 +611,18 @@ def _prepare_backward(
         DLSE=dlse is not None, DESCRIPTOR=descriptors, **arguments, **_of_tile(tile, k, v),
     )  # fmt: skip
     tile = attention_tile("dkv", dim, size, opts.max_k, target, tile_column("dkv", opts, group, target))
-    # of packed sequences the next one would lie behind the last query, in the place of zeros
-    descriptors = _suit_descriptors(target, q, k, v, do) and opts.cu_q is None
+    # 64 columns take fewer instructions by plain loads. Of packed sequences the next one would lie behind the last
+    # query, in the place of zeros. With a mask or dropout the kernel spills on 3.6
+    spilling = triton_3_6 and (opts.bias is not None or opts.dropout_p > 0)
+    descriptors = dim > 64 and opts.cu_q is None and not spilling and _suit_descriptors(target, q, k, v, do)
+    # two stages at the edges pay only where there are many, and spill on 3.6
+    edge_stages = None if (opts.left is not None or opts.right is not None) and not triton_3_6 else 1
     rows = (tile.block_m, tile.block_n, tile.block_n, tile.block_m)
     dkv_forms = tuple(_form(t, n) if descriptors else None for t, n in zip((q, k, v, do), rows, strict=True))
     to_dkv = _launches(
         attention_backward_dkv_kernel, (-(-opts.max_k // tile.block_n), kv_heads, n_batch), do_strides=do.stride(),
-        dk_strides=dk.stride(), dv_strides=dv.stride(), DESCRIPTOR=descriptors, **arguments, **_of_tile(tile, q, do),
+        dk_strides=dk.stride(), dv_strides=dv.stride(), DESCRIPTOR=descriptors,
+        EDGE_STAGES=edge_stages, **arguments, **_of_tile(tile, q, do),
     )  # fmt: skip
     if dbias is None or opts.bias is None:
         return _Backward(to_dq, dq_forms, to_dkv, dkv_forms, None)
