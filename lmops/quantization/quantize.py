@@ -63,6 +63,10 @@ def quantize_model(
     the model and the packed one there are the hidden states of all batches, and one layer's work: for each of its
     linear layers the second moments of the input, (n_in, n_in) in float32, and with "awq" a float32 copy of the layer.
 
+    What is quantized is saved by `state_dict`, and of a GPT by `lmops.models.save`. For a model of transformers take
+    `LmopsConfig` or `lmops.optimize`, which also tell its save_pretrained what from_pretrained must know: without that
+    it would give quantized layers random weights, with a warning of its own.
+
     Everything that can be is checked first, and whatever fails, the model is as it was: the float layers are let go at
     the end. Raises ValueError or TypeError, naming the layer, for weights with NaN or infinities, on the meta device,
     or narrower than a group; and for other arguments out of range, for missing, empty or unusable calibration, and for
