@@ -125,10 +125,10 @@ class _Head:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         one = blocks.tokens == hidden.shape[0] and blocks.classes == weight.shape[0]
         self.memory = None if one else hidden.new_empty(blocks.tokens, blocks.classes)
-        self.chunk: Tensor | None = None
-        self.rows = hidden
-        if _is_converted(weight, hidden.dtype):
-            self.chunk = hidden.new_empty(blocks.classes, hidden.shape[1])
+        converted = _is_converted(weight, hidden.dtype)
+        self.chunk = hidden.new_empty(blocks.classes, hidden.shape[1]) if converted else None
+        self.whole = not converted and blocks.classes == weight.shape[0]
+        self.rows: Any = weight
 
     def _rows(self, classes: slice) -> Tensor:
         """Rows of the weight in the type to multiply with; in memory that the next ones overwrite."""
@@ -148,7 +148,9 @@ class _Head:
         return chunk
 
     def logits(self, tokens: slice, classes: slice) -> Tensor:
-        self.rows = rows = self._rows(classes)
+        if not self.whole:
+            self.rows = self._rows(classes)
+        rows = self.rows
         bias = None if self.bias is None else _part(self.bias, classes).to(self.hidden.dtype)
         if self.memory is None:
             return nn.functional.linear(self.hidden, rows, bias)
