@@ -883,7 +883,7 @@ def test_compile_fullgraph(path):
 
 
 @pytest.mark.fake_tensors
-@pytest.mark.parametrize("head", ["int4"])  # the operators look alike whatever the format
+@pytest.mark.parametrize("head", ["int4", "int8"])  # with zero points and without; fp8 differs by a name
 def test_opcheck_with_a_quantized_head(path, head):
     hidden, weight, bias, y = (t.to(path.device) for t in linear(3, 32, 48))
     codes, quantized = linear_loss._arguments(QuantizedTensor.quantize(weight, **HEADS[head]))
