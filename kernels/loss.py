@@ -99,12 +99,20 @@ def held_tile(i: tl.constexpr, rows, shift, n_cols, COLS: tl.constexpr, PIECES: 
 
 
 @triton.jit
-def hold(ptr, row, col, read, shift, n_cols, COLS: tl.constexpr, PIECES: tl.constexpr, VEC: tl.constexpr):
-    """The first PIECES tiles of COLS columns of rows at offsets `row`, in the tensor's own type, -inf where masked."""
+def hold(
+    ptr, row, col, read, shift, n_cols,
+    COLS: tl.constexpr, PIECES: tl.constexpr, VEC: tl.constexpr, FITS: tl.constexpr,
+):  # fmt: skip
+    """The first PIECES tiles of COLS columns of rows at offsets `row`, in the tensor's own type, -inf where masked.
+
+    Unless the rows fit, these loads go past the L1 cache, which then keeps the columns that are read a second time.
+    """
+    CACHE: tl.constexpr = "" if FITS else ".cg"
     held = ()
     for i in tl.static_range(PIECES):
         p, inside = held_tile(i, read, shift, n_cols, COLS, PIECES, VEC)
-        held += (tl.load(ptr + row + p.to(tl.int64) * col, mask=inside, other=float("-inf")),)
+        at = ptr + row + p.to(tl.int64) * col
+        held += (tl.load(at, mask=inside, other=float("-inf"), cache_modifier=CACHE),)
     return held
 
 
@@ -257,7 +265,7 @@ def cross_entropy_kernel(
             m, l, smooth, base = take(
                 u_edge, e - shift, in_edge & read, weight_ptr, m, l, smooth, base, scale, WEIGHTED, SMOOTH
             )
-    held = hold(x_ptr, x_row, x_col, read, shift, n_cols, COLS, PIECES, VEC)
+    held = hold(x_ptr, x_row, x_col, read, shift, n_cols, COLS, PIECES, VEC, FITS)
     if FORWARD:
         m, l, smooth, base = take_held(
             held, shift, n_cols, read, weight_ptr, m, l, smooth, base, scale, softcap,
@@ -308,7 +316,9 @@ def cross_entropy_kernel(
             scale, softcap, COLS, PIECES, VEC, WEIGHTED, SMOOTH, SOFTCAP, BACKEND,
         )  # fmt: skip
         if not FITS:
-            for start in range(PIECES * COLS, n_cols + VEC - 1, STEP):
+            # backwards: what was read last is the likeliest to lie in a cache
+            for back in range(0, n_cols + VEC - 1 - PIECES * COLS, STEP):
+                start = (n_cols + VEC - 2 - PIECES * COLS) // STEP * STEP + PIECES * COLS - back
                 p = start + step
                 inside = in_rows[:, None] & main_mask(p, shift, n_cols, n_cols, VEC)
                 x = load(x_ptr, x_row + p.to(tl.int64) * x_col, inside & read, True, float("-inf"), tl.float32, False)
@@ -486,8 +496,8 @@ def kl_div_kernel(
         s_edge, t_edge = load_pair(x_ptr, y_ptr, x_row + e, y_row + e, in_edge & read)
         if FORWARD:
             sm, sl, tm, tl_, total = take_pair(s_edge, t_edge, sm, sl, tm, tl_, total, scale, REVERSE)
-    held_s = hold(x_ptr, x_row, x_col, read, shift, n_cols, COLS, PIECES, VEC)
-    held_t = hold(y_ptr, y_row, y_col, read, shift, n_cols, COLS, PIECES, VEC)
+    held_s = hold(x_ptr, x_row, x_col, read, shift, n_cols, COLS, PIECES, VEC, FITS)
+    held_t = hold(y_ptr, y_row, y_col, read, shift, n_cols, COLS, PIECES, VEC, FITS)
     if FORWARD:
         sm, sl, tm, tl_, total = take_pair_held(
             held_s, held_t, n_cols, sm, sl, tm, tl_, total, scale, PIECES, REVERSE, BACKEND
@@ -530,7 +540,9 @@ def kl_div_kernel(
             scale, inverse_t, COLS, PIECES, VEC, REVERSE, BACKEND,
         )  # fmt: skip
         if not FITS:
-            for start in range(PIECES * COLS, n_cols + VEC - 1, STEP):
+            # backwards: what was read last is the likeliest to lie in a cache
+            for back in range(0, n_cols + VEC - 1 - PIECES * COLS, STEP):
+                start = (n_cols + VEC - 2 - PIECES * COLS) // STEP * STEP + PIECES * COLS - back
                 inside = in_rows[:, None] & main_mask(start + step, shift, n_cols, n_cols, VEC)
                 p = (start + step).to(tl.int64)
                 s, t = load_pair(x_ptr, y_ptr, x_row + p * x_col, y_row + p * y_col, inside & read)

@@ -986,6 +986,11 @@ def test_bytes_moved(launches, n_cols, backward):
     check_traffic(launch, rows, n_cols, x.nbytes, times, backward)
     assert launch.c["unique_bytes_read"] <= x.nbytes + rows * (2 + 8 + 4)  # a target, its logit, the factor
     assert launch.c["global_st_bytes"] == (x.nbytes if backward else 0) + rows * 12
+    # what is held goes past L1, if something else is read twice; that comes from L2 once if L1 keeps it
+    past_l1 = sum(n for opcode, n in launch.opcodes.items() if opcode.startswith("ld.global.cg"))
+    assert past_l1 == (rows * 81_920 * 2 // 512 if n_cols > 81_920 else 0)
+    if n_cols > 81_920:
+        assert launch.c["l2_load_sectors_unique_per_cta"] <= 1.001 * x.nbytes / 32
 
 
 @pytest.mark.parametrize("options", [{"softcap": 30.0}, {"label_smoothing": 0.1}], ids=lambda o: next(iter(o)))
