@@ -89,10 +89,8 @@ BENCHMARKS = [
 
 half, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
 WHOLE = ("top_k", "seed", "offset")
-PER_ROW = (
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "offset",
-)  # fmt: skip
+PER_ROW = ("temperature", "top_k", "top_p", "min_p", "seed", "offset")
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")  # of tokens that are counted
 
 
 def draws(
@@ -112,7 +110,8 @@ def draws(
     def run() -> None:
         values: dict[str, Any] = {"seed": 1, **parameters}
         if per_row:
-            values |= {name: torch.empty(n_rows, dtype=torch.int64 if name in WHOLE else fp32) for name in PER_ROW}
+            names = PER_ROW + PENALTIES if shifted else PER_ROW
+            values |= {name: torch.empty(n_rows, dtype=torch.int64 if name in WHOLE else fp32) for name in names}
         if shifted:
             values["token_counts"] = torch.empty(n_rows, n_cols, dtype=torch.int32)
             values["logit_bias"] = torch.empty(n_cols)

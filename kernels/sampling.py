@@ -8,8 +8,8 @@ are only used for log-probabilities and for bounds with a margin.
 slot + BLOCK, ...; the slots are put together once, behind the loop. "Positions": a row whose length is no multiple of
 16 bytes need not begin at one either. Loads of 16 bytes do, so a row is walked through from the one at or before it,
 `shift` columns early; position p is the column p - shift. Where noise is drawn for whole tiles, in fours of
-neighbouring ids, shift must be 0. The "list": values and ids of the tokens that the filters may keep, in ascending
-order of ids, which a program writes to memory of its own and searches there.
+neighbouring ids, shift must be 0. The "list": the tokens that the filters may keep, packed (`pack`), which a program
+writes to memory of its own and searches there.
 """
 
 import triton
@@ -22,6 +22,8 @@ SQRT_HALF: tl.constexpr = tl.constexpr(0x3F3504F3)
 GREEDY_BELOW: tl.constexpr = tl.constexpr(1e-5)
 LOWEST_KEY: tl.constexpr = tl.constexpr(-2147483648)
 NO_ID: tl.constexpr = tl.constexpr(2147483647)
+NO_TOKEN: tl.constexpr = tl.constexpr(9223372036854775807)
+NOTHING: tl.constexpr = tl.constexpr(-2139095041 << 32)  # `pack` of -inf and NO_ID
 CUT_STEP: tl.constexpr = tl.constexpr(65536)
 
 
@@ -264,39 +266,47 @@ def draw_unfiltered(
 
 
 @triton.jit
-def keeps(x, ids, key, last, peak, scale, least):
-    """Which tokens belong to the prefix that ends with the token `last`, of this key, and are not below min-p."""
-    keys = order_key(x)
-    above = (keys > key) | ((keys == key) & (ids <= last))
-    return above & ((x - peak) * scale >= least) & (x > float("-inf"))
+def pack(x, ids):
+    """int64 in the order of tokens by x, and of equal ones by descending id."""
+    return (order_key(x).to(tl.int64) << 32) + (ids ^ NO_ID)
 
 
 @triton.jit
-def load_list(ptr, start, n, fill: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK of the n entries of a list at ptr, `fill` behind the last."""
+def unpack(packed):
+    """x, and the id."""
+    return from_key((packed >> 32).to(tl.int32)), packed.to(tl.int32) ^ NO_ID
+
+
+@triton.jit
+def load_list(list_ptr, start, n, BLOCK: tl.constexpr):
+    """BLOCK of the n entries of a list, packed, and their x; -inf behind the last."""
     at = start + tl.arange(0, BLOCK)
-    return tl.load(ptr + at, mask=at < n, other=fill)
+    packed = tl.load(list_ptr + at, mask=at < n, other=NOTHING)
+    return packed, from_key((packed >> 32).to(tl.int32))
 
 
 @triton.jit
-def measure(x, peak, scale, BY_MASS: tl.constexpr):
-    """What entries weigh, or 1 for each."""
-    return weigh((x - peak) * scale) if BY_MASS else tl.full(x.shape, 1, tl.int32)
+def keeps(packed, x, last, peak, scale, least):
+    """Which tokens belong to the prefix that ends with the packed token `last`, and are not below min-p."""
+    return (packed >= last) & ((x - peak) * scale >= least) & (x > float("-inf"))
 
 
 @triton.jit
-def threshold(first, values_ptr, n, lo, hi, goal, peak, scale, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key from lo to hi (int64) such that what has it or a larger one counts, or weighs, at least `goal`.
+def threshold(
+    first, list_ptr, n, lo, hi, goal, peak, scale, BY_MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The largest int64 from lo to hi such that the entries with packed >> SHIFT >= it count, or weigh, at least goal.
 
-    lo where there is none. values: the n entries of the list; first: its first BLOCK, which stay in registers.
+    lo where there is none. first: of the n entries of the list the first BLOCK, which stay in registers.
     """
-    keys, measures = order_key(first), measure(first, peak, scale, BY_MASS)
+    keys = first >> SHIFT
+    measures = weigh((unpack(first)[0] - peak) * scale) if BY_MASS else tl.full((BLOCK,), 1, tl.int32)
     while lo < hi:
         middle = hi - ((hi - lo) >> 1)
         total = tl.where(keys >= middle, measures, 0)
         for start in range(BLOCK, n, BLOCK):
-            x = load_list(values_ptr, start, n, float("-inf"), BLOCK)
-            total += tl.where(order_key(x) >= middle, measure(x, peak, scale, BY_MASS), 0)
+            packed, x = load_list(list_ptr, start, n, BLOCK)
+            total += tl.where(packed >> SHIFT >= middle, weigh((x - peak) * scale) if BY_MASS else 1, 0)
         if tl.sum(total, 0) >= goal:
             lo = middle
         else:
@@ -305,65 +315,94 @@ def threshold(first, values_ptr, n, lo, hi, goal, peak, scale, BY_MASS: tl.const
 
 
 @triton.jit
-def tally(first, values_ptr, n, key, peak, scale, BLOCK: tl.constexpr):
+def tally(list_ptr, n, key, peak, scale, BLOCK: tl.constexpr):
     """How many entries are above `key`, how many equal it, what those above weigh, and what one that equals it does."""
-    keys = order_key(first)
-    above = (keys > key).to(tl.int32)
-    equal = (keys == key).to(tl.int32)
-    mass = tl.where(keys > key, measure(first, peak, scale, True), 0)
-    for start in range(BLOCK, n, BLOCK):
-        x = load_list(values_ptr, start, n, float("-inf"), BLOCK)
-        keys = order_key(x)
-        above += (keys > key).to(tl.int32)
-        equal += (keys == key).to(tl.int32)
-        mass += tl.where(keys > key, measure(x, peak, scale, True), 0)
+    above = tl.zeros((BLOCK,), tl.int32)
+    equal = tl.zeros((BLOCK,), tl.int32)
+    mass = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, n, BLOCK):
+        packed, x = load_list(list_ptr, start, n, BLOCK)
+        above += (packed >> 32 > key).to(tl.int32)
+        equal += (packed >> 32 == key).to(tl.int32)
+        mass += tl.where(packed >> 32 > key, weigh((x - peak) * scale), 0)
     one = weigh((from_key(key.to(tl.int32)) - peak) * scale)
     return tl.sum(above, 0).to(tl.int64), tl.sum(equal, 0).to(tl.int64), tl.sum(mass, 0), one
 
 
 @triton.jit
-def choose(
-    list_ptrs, n, lo, peak, scale, inverse, use_k, use_p, top_k, top_p, least, total, seed, offset, BLOCK: tl.constexpr
+def choose_by_bisection(
+    list_ptr, n, lo, peak, scale, inverse, use_k, use_p, top_k, top_p, least, total, seed, offset, BLOCK: tl.constexpr
 ):
-    """The exact prefix among the n entries of the list, which stand in ascending order of ids, and a token from it.
+    """The exact prefix among the n entries of the list, none of whose keys is below lo: a token from it, and its last.
 
-    total: the mass of the row, for use_p without use_k. Returns the token, and of the prefix the key of its last token,
-    and the id of the last token that has that key.
+    total: the mass of the row, for use_p without use_k. The last token is packed; the token is drawn from those of the
+    prefix that min-p keeps.
     """
     hi = order_key(peak).to(tl.int64)
     key = lo.to(tl.int64)
-    ties = hi * 0 + NO_ID  # how many tokens that equal the key are kept
-    first = load_list(list_ptrs[0], 0, n, float("-inf"), BLOCK)
+    count = tl.zeros((), tl.int64) + n  # of the prefix
+    ties = count * 0  # how many tokens that equal the key are in it, and are there
+    equal = ties
+    first, _ = load_list(list_ptr, 0, n, BLOCK)
     if use_k:
-        key = threshold(first, list_ptrs[0], n, key, hi, top_k.to(tl.int64), peak, scale, False, BLOCK)
-        above, equal, mass, one = tally(first, list_ptrs[0], n, key, peak, scale, BLOCK)
+        key = threshold(first, list_ptr, n, key, hi, top_k.to(tl.int64), peak, scale, False, 32, BLOCK)
+        above, equal, mass, one = tally(list_ptr, n, key, peak, scale, BLOCK)
         ties = tl.minimum(top_k.to(tl.int64) - above, equal)
+        count = above + ties
         total = mass + ties * one
     if use_p:
         target = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
-        key = threshold(first, list_ptrs[0], n, key, hi, target, peak, scale, True, BLOCK)
-        above, equal, mass, one = tally(first, list_ptrs[0], n, key, peak, scale, BLOCK)
+        key = threshold(first, list_ptr, n, key, hi, target, peak, scale, True, 32, BLOCK)
+        above, equal, mass, one = tally(list_ptr, n, key, peak, scale, BLOCK)
         one = tl.maximum(one, 1)
         ties = tl.minimum((target - mass + one - 1) // one, equal)
+        count = above + ties
+    last = key << 32
+    if ties < equal:
+        last = threshold(first, list_ptr, n, last, last + NO_ID, count, peak, scale, False, 0, BLOCK)
 
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    best_id = tl.zeros((BLOCK,), tl.int32)
-    last_tie = tl.full((BLOCK,), -1, tl.int32)
-    seen = ties * 0
+    best_id = tl.full((BLOCK,), NO_ID, tl.int32)
     for start in range(0, n, BLOCK):
-        x = load_list(list_ptrs[0], start, n, float("-inf"), BLOCK)
-        ids = load_list(list_ptrs[1], start, n, 0, BLOCK)
-        keys = order_key(x)
-        tie = (keys == key).to(tl.int32)
-        last_tie = tl.where((tie > 0) & (tl.cumsum(tie, 0) + seen <= ties), ids, last_tie)
-        seen += tl.sum(tie, 0)
+        packed, _ = load_list(list_ptr, start, n, BLOCK)
+        x, ids = unpack(packed)
+        keep = keeps(packed, x, last, peak, scale, least)
         # 0, which the compiler cannot know: else it holds the 20 keys of Philox's rounds in scalar registers throughout
         zero = ids >> 31
-        key_of_draw = noisy(x, noise_of_ids(ids, seed ^ zero, offset, 0), inverse)
-        keep = keeps(x, ids, key, tl.max(last_tie, 0), peak, scale, least)
-        best, best_id = take_best(tl.where(keep, key_of_draw, float("-inf")), ids, best, best_id)
-    _, token = first_of_best(best, best_id)
-    return token, key.to(tl.int32), tl.max(last_tie, 0)
+        draw = tl.where(keep, noisy(x, noise_of_ids(ids, seed ^ zero, offset, 0), inverse), float("-inf"))
+        better = (draw > best) | ((draw == best) & (ids < best_id))
+        best, best_id = tl.where(better, draw, best), tl.where(better, ids, best_id)
+    _, token = first_of_best(best, tl.where(best > float("-inf"), best_id, 0))
+    return token, last
+
+
+@triton.jit
+def choose_by_rank(
+    list_ptr, n, peak, scale, inverse, use_k, use_p, top_k, top_p, least, total, seed, offset,
+    BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    """The same of at most BLOCK entries, each compared with each, OTHERS at a time: few steps, and no bisection."""
+    packed, x = load_list(list_ptr, 0, n, BLOCK)
+    before = tl.zeros((BLOCK, OTHERS), tl.int32)
+    above = tl.zeros((BLOCK, OTHERS), tl.int64)
+    for start in range(0, n, OTHERS):
+        others, y = load_list(list_ptr, start, n, OTHERS)
+        comes_before = others[None, :] > packed[:, None]
+        before += comes_before.to(tl.int32)
+        above += tl.where(comes_before, weigh((y - peak) * scale)[None, :], 0)
+    kept = x > float("-inf")
+    if use_k:
+        kept = kept & (tl.sum(before, 1) < top_k)
+        total = tl.sum(tl.where(kept, weigh((x - peak) * scale), 0), 0)
+    if use_p:
+        target = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+        kept = kept & (tl.sum(above, 1) < target)
+    last = tl.min(tl.where(kept, packed, NO_TOKEN), 0)
+    _, ids = unpack(packed)
+    noise = noise_of_ids(ids, seed ^ (ids >> 31), offset, 0)  # the 0 as in `choose_by_bisection`
+    draw = tl.where(keeps(packed, x, last, peak, scale, least), noisy(x, noise, inverse), float("-inf"))
+    _, token = first_of_best(draw, tl.where(draw > float("-inf"), ids, 0))
+    return token, last
 
 
 @triton.jit
@@ -371,8 +410,8 @@ def cut_of_slots(slot, slot_mass, goal, by_k, top):
     """A key that at least `goal` slots' maxima reach (by_k), or ones of that mass; LOWEST_KEY without one.
 
     Each maximum is an entry of its own, so as many entries of the row, or as much mass, reach it too. It is the largest
-    such key, but for what steps of CUT_STEP keys leave: 1/128 to 1/64 of it. To find it exactly would take 16 more of
-    them, each a sum over the block, and spare the list few entries.
+    such key but for CUT_STEP, at most 1/128 of its number: to find it exactly would take 16 steps more, each a sum over
+    the block, and spare the list few entries.
     """
     keys = order_key(slot)
     measures = tl.where(by_k, tl.where(slot_mass > 0, 1.0, 0.0), slot_mass)
@@ -388,14 +427,14 @@ def cut_of_slots(slot, slot_mass, goal, by_k, top):
 
 
 @triton.jit
-def select(x, ids, count, peak, scale, cut, least, list_ptrs):
-    """Append to the list what of a tile may be kept, in the order of ids; how many entries there were by now."""
-    chosen = (order_key(x) >= cut) & ((x - peak) * scale >= least) & (x > float("-inf"))
+def select(x, ids, count, floor, list_ptr):
+    """Append what of a tile is at least `floor` to the list; how many entries there are by now."""
+    chosen = (x >= floor) & (x > float("-inf"))
     found = tl.sum(chosen.to(tl.int32), 0)
     if found > 0:
-        place = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(list_ptrs[0] + place, x, mask=chosen)
-        tl.store(list_ptrs[1] + place, ids, mask=chosen)
+        # unsigned: addresses take fewer registers
+        place = (count - 1 + tl.cumsum(chosen.to(tl.int32), 0)).to(tl.uint32)
+        tl.store(list_ptr + place, pack(x, ids), mask=chosen)
     return count + found
 
 
@@ -442,12 +481,12 @@ def look_through(
 
 @triton.jit
 def draw_filtered(
-    x, peak, slot, one, z, valid, list_ptrs, row_ptrs, col_strides, penalties, shift, n_cols, scale, inverse,
+    x, peak, slot, one, z, valid, list_ptr, row_ptrs, col_strides, penalties, shift, n_cols, scale, inverse,
     top_k, top_p, min_p, seed, offset,
     BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, FITS: tl.constexpr,
     BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """A token from those that the filters keep, 0 without any; and what `keeps` takes: key, last and least.
+    """A token from those that the filters keep, 0 without any; and what `keeps` takes: last and least.
 
     x to valid: of `look_through`.
     """
@@ -466,24 +505,36 @@ def draw_filtered(
     if use_p & (use_k == 0):
         # tokens lighter than this together weigh less than the 1 - top_p that may be left out
         bound = tl.maximum(bound, tl.log2((1 - top_p) * z / n_cols * 0.9999))
-    bound = tl.where(valid, bound, float("inf"))  # which leaves nothing of a row without a token
+    # the same for x: a little less, since what is right at a bound is decided by `choose`
+    below = tl.where(bound == 0, 0.0, bound / scale)
+    floor = peak + below - (tl.abs(peak) - below) * 1e-6
+    floor = tl.where(cut > LOWEST_KEY, tl.maximum(floor, from_key(cut)), floor)
+    floor = tl.where(valid, floor, float("inf"))  # which leaves nothing of a row without a token
     count = cut * 0
     if FITS:
         total = tl.sum(weigh((x - peak) * scale), 0)
-        count = select(x, lanes - shift, count, peak, scale, cut, bound, list_ptrs)
+        count = select(x, lanes - shift, count, floor, list_ptr)
     else:
         mass = tl.zeros((BLOCK,), tl.int64)
         for start in range(0, shift + n_cols, BLOCK):
             _, x = load_tile(row_ptrs, col_strides, penalties, shift, start, lanes, n_cols, BIAS, ALLOWED, COUNTS, VEC)
             if use_p & (use_k == 0):
                 mass += weigh((x - peak) * scale)
-            count = select(x, start + lanes - shift, count, peak, scale, cut, bound, list_ptrs)
+            count = select(x, start + lanes - shift, count, floor, list_ptr)
         total = tl.sum(mass, 0)
     tl.debug_barrier()
-    token, key, last = choose(
-        list_ptrs, count, cut, peak, scale, inverse, use_k, use_p, top_k, top_p, least, total, seed, offset, LIST_BLOCK
-    )
-    return token, key, last, least
+    RANKED: tl.constexpr = min(LIST_BLOCK, 256)
+    if count <= RANKED:
+        token, last = choose_by_rank(
+            list_ptr, count, peak, scale, inverse, use_k, use_p, top_k, top_p, least, total, seed, offset,
+            RANKED, min(16, BLOCK // RANKED),
+        )  # fmt: skip
+    else:
+        token, last = choose_by_bisection(
+            list_ptr, count, cut, peak, scale, inverse, use_k, use_p, top_k, top_p, least, total, seed, offset,
+            LIST_BLOCK,
+        )  # fmt: skip
+    return token, last, least
 
 
 @triton.jit
@@ -518,7 +569,7 @@ def store_state(valid, lse, row, valid_ptr, lse_ptr, LOGPROBS: tl.constexpr):
 
 @triton.jit(do_not_specialize=("seed", "offset", "first_row"))
 def sample_kernel(
-    logits_ptr, bias_ptr, allowed_ptr, counts_ptr, tokens_ptr, valid_ptr, logprobs_ptr, lse_ptr, values_ptr, ids_ptr,
+    logits_ptr, bias_ptr, allowed_ptr, counts_ptr, tokens_ptr, valid_ptr, logprobs_ptr, lse_ptr, lists_ptr,
     parameters, seed, offset, first_row, n_cols, row_strides, col_strides, parameter_strides,
     BIAS: tl.constexpr, ALLOWED: tl.constexpr, COUNTS: tl.constexpr, FILTERS: tl.constexpr, LOGPROBS: tl.constexpr,
     FITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, VEC: tl.constexpr, SHIFTED: tl.constexpr,
@@ -528,7 +579,7 @@ def sample_kernel(
     logits, bias, allowed (uint8), counts: (B, V) with any strides, of which row_strides and col_strides have one each.
     parameters: temperature, top_k, top_p, min_p and the three penalties, each a number or a pointer to (B,); seed and
     offset likewise; parameter_strides: one each, None for a number. tokens (B,) int64, valid (B,) bool, logprobs and
-    lse (B,) float32. values, ids: (programs, V) to write what may be kept; programs take the rows from first_row on.
+    lse (B,) float32. lists: (programs, V) int64, to write what may be kept; programs take the rows from first_row on.
     FILTERS: rows may have filters. FITS: V, with SHIFTED V + VEC - 1, <= BLOCK. VEC: columns of 16 bytes of logits
     where these begin at a multiple of 16 bytes, and so does each row unless SHIFTED; 1 if V says all that is to know.
     """
@@ -549,8 +600,7 @@ def sample_kernel(
     if FILTERS:
         top_k, top_p, min_p = row_filters(parameters, row, parameter_strides, n_cols)
         if (greedy == 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
-            listed = tl.program_id(0).to(tl.int64) * n_cols
-            list_ptrs = (values_ptr + listed, ids_ptr + listed)
+            list_ptr = lists_ptr + tl.program_id(0).to(tl.int64) * n_cols
             start, shift = row_start(logits_ptr, r * row_strides[0], VEC, SHIFTED)
             walk_ptrs = (
                 start, row_ptrs[1] - shift * col_strides[1], row_ptrs[2] - shift * col_strides[2],
@@ -561,8 +611,8 @@ def sample_kernel(
                 BIAS, ALLOWED, COUNTS, LOGPROBS, FITS, BLOCK, VEC,
             )  # fmt: skip
             store_state(valid, lse, row, valid_ptr, lse_ptr, LOGPROBS)  # first, so that no register holds it longer
-            token, _, _, _ = draw_filtered(
-                x, peak, slot, one, z, valid, list_ptrs, walk_ptrs, col_strides, penalties, shift, n_cols, scale,
+            token, _, _ = draw_filtered(
+                x, peak, slot, one, z, valid, list_ptr, walk_ptrs, col_strides, penalties, shift, n_cols, scale,
                 inverse, top_k, top_p, min_p, seed, offset,
                 BIAS, ALLOWED, COUNTS, FITS, BLOCK, LIST_BLOCK, VEC,
             )  # fmt: skip
@@ -587,13 +637,13 @@ def sample_kernel(
 
 @triton.jit(do_not_specialize=("first_row",))
 def filter_kernel(
-    logits_ptr, out_ptr, values_ptr, ids_ptr, parameters, first_row, n_cols,
+    logits_ptr, out_ptr, lists_ptr, parameters, first_row, n_cols,
     row_strides, col_strides, parameter_strides,
     FITS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr, VEC: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """out = logits with -inf in place of what top-k, top-p and min-p do not keep; a bad row is -inf throughout.
 
-    parameters: temperature, top_k, top_p, min_p; these, values, ids and the flags as in `sample_kernel`. With VEC, out
+    parameters: temperature, top_k, top_p, min_p; these, lists and the flags as in `sample_kernel`. With VEC, out
     is laid out as logits are.
     """
     row = first_row + tl.program_id(0)
@@ -603,14 +653,13 @@ def filter_kernel(
     row_ptrs, strides, penalties = (ptr, ptr, ptr, ptr), (col_strides[0], 0, 0, 0), (1.0, 0.0, 0.0)
     good, greedy, inverse, scale = row_temperature(parameters[0], row, parameter_strides[0])
     top_k, top_p, min_p = row_filters(parameters, row, parameter_strides, n_cols)
-    listed = tl.program_id(0).to(tl.int64) * n_cols
-    list_ptrs = (values_ptr + listed, ids_ptr + listed)
+    list_ptr = lists_ptr + tl.program_id(0).to(tl.int64) * n_cols
     none = r * 0
     x, peak, slot, one, z, valid, _ = look_through(
         row_ptrs, strides, penalties, shift, n_cols, scale, False, False, False, False, FITS, BLOCK, VEC
     )
-    _, key, last, least = draw_filtered(
-        x, peak, slot, one, z, valid, list_ptrs, row_ptrs, strides, penalties, shift, n_cols, scale, inverse,
+    _, last, least = draw_filtered(
+        x, peak, slot, one, z, valid, list_ptr, row_ptrs, strides, penalties, shift, n_cols, scale, inverse,
         tl.where(greedy, 1, top_k), tl.where(greedy, 1.0, top_p), tl.where(greedy, 0.0, min_p), none, none,
         False, False, False, FITS, BLOCK, LIST_BLOCK, VEC,
     )  # fmt: skip
@@ -618,7 +667,7 @@ def filter_kernel(
     lanes = tl.arange(0, BLOCK)
     for start in range(0, shift + n_cols, BLOCK):
         raw, x = load_tile(row_ptrs, strides, penalties, shift, start, lanes, n_cols, False, False, False, VEC)
-        keep = keeps(x, start + lanes - shift, key, last, peak, scale, least)
+        keep = keeps(pack(x, start + lanes - shift), x, last, peak, scale, least)
         out = tl.where(keep, raw, float("-inf")).to(out_ptr.dtype.element_ty)
         at = tile_of(out_ptr, start, lanes, col_strides[1])
         if VEC == 1:

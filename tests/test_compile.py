@@ -81,6 +81,34 @@ def test_every_kernel_is_compiled(shipped, target):
     assert not missing, f"{missing}: add a variant to the COMPILE list of the operator's benchmark"
 
 
+# the host's part of every variant of the report: launches are counted, and nothing is compiled
+LAUNCHES = """
+import json, sys
+from triton.runtime.jit import JITFunction
+from benchmarks.compile_report import TARGETS, compile_only, find_variants
+from lmops.testing import implementation
+
+launched, result = [], []
+for name in sys.argv[1:]:
+    with implementation("triton"), compile_only(TARGETS[name].gpu):
+        JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launched.append(self.__name__)
+        for variant in find_variants():
+            launched.clear()
+            try:
+                variant.run()
+                result.append((name, variant.name, len(launched)))
+            except Exception as error:
+                result.append((name, variant.name, repr(error)))
+print(json.dumps(result))
+"""
+
+
+def test_every_variant_of_the_report_launches():
+    _, launches = rows_of("-c", LAUNCHES, "sm_90", "gfx942")
+    assert len(launches) > 500
+    assert not [launch for launch in launches if not isinstance(launch[2], int) or not launch[2]]
+
+
 def test_figures_are_there(shipped):
     status, rows = shipped
     assert status == int(any(row["broken"] for row in rows))

@@ -371,6 +371,18 @@ def test_flat_rows_fill_the_list(path, monkeypatch):
     assert torch.equal(kept > -INF, bounds(x, top_k=8000)[0])
 
 
+def test_short_and_long_lists(path):
+    """256 entries are ranked, more are bisected; most of them are equal, so the last ones that are kept are ties."""
+    x = torch.randint(0, 5, (2, 2500)).float()
+    x[1, 300:] -= 100
+    for parameters in ({"top_k": 256}, {"top_k": 257}, {"top_k": 40, "top_p": 0.6}, {"top_k": 700, "top_p": 0.6}):
+        kept = lmops.filter_logits(x.to(path.device), **parameters).cpu()
+        inner, outer = bounds(x, **parameters)
+        assert ((kept > -INF) >= inner).all()
+        assert ((kept > -INF) <= outer).all()
+        same_as_on_the_cpu(lmops.sample, path, x, seed=3, offset=torch.arange(2), **parameters)
+
+
 def test_longest_row(path):
     x = torch.randn(1, 262_144).bfloat16() * 2
     for parameters in ({}, {"top_k": 50, "top_p": 0.9}):

@@ -322,9 +322,9 @@ def _sample_triton(
         number if tensor is None else tensor for tensor, number in zip(per_row, (*numbers, seed, offset), strict=True)
     ]
     wide = _wide(seed, offset)
-    at_once, lists = _lists(logits) if filters else (n_rows, (lse, lse))
+    at_once, lists = _lists(logits) if filters else (n_rows, lse)
     leading = (
-        logits, *(logits if t is None else t for t in extras), tokens, valid, logprobs, lse, *lists,
+        logits, *(logits if t is None else t for t in extras), tokens, valid, logprobs, lse, lists,
         tuple(parameters), seeds, offsets,
     )  # fmt: skip
     for first in range(0, n_rows, at_once):
@@ -338,12 +338,11 @@ def _sample_triton(
     return outputs
 
 
-def _lists(logits: Tensor) -> tuple[int, tuple[Tensor, Tensor]]:
-    """How many rows a launch with filters takes, and where its programs write what may be kept: values and ids."""
+def _lists(logits: Tensor) -> tuple[int, Tensor]:
+    """How many rows a launch with filters takes, and where its programs write what may be kept."""
     n_rows, n_cols = logits.shape
     at_once = max(1, min(n_rows, LISTS_AT_ONCE // n_cols))
-    shape = (at_once, n_cols)
-    return at_once, (logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32))
+    return at_once, logits.new_empty((at_once, n_cols), dtype=torch.int64)
 
 
 def _filter_cpu(logits: Tensor, per_row: Parameters, numbers: Sequence[float]) -> Tensor:
@@ -395,7 +394,7 @@ def _filter_triton(logits: Tensor, per_row: Parameters, numbers: Sequence[float]
     parameters = tuple(n if t is None else t for t, n in zip(per_row, numbers, strict=True))
     for first in range(0, n_rows, at_once):
         launch = _prepare_filter(min(at_once, n_rows - first), logits, out, *per_row)
-        launch(logits, out, *lists, parameters, first)
+        launch(logits, out, lists, parameters, first)
     return out
 
 
