@@ -62,12 +62,6 @@ def load_part(ptr, unit, PART: tl.constexpr, out0, n_out, n_groups, M: tl.conste
     elif GROUP % 32 == 0:
         group = tl.cast(tl.minimum(first // GROUP, n_groups - 1), tl.int64)
         return tl.load(ptr + group * n_out + out0 + row, mask=out0 + row < n_out, other=0)
-    elif GROUP % 16 == 0:  # the first four words of a lane are of the part's first 16 columns
-        group_a = tl.cast(tl.minimum(first // GROUP, n_groups - 1), tl.int64)
-        group_b = tl.cast(tl.minimum((first + 16) // GROUP, n_groups - 1), tl.int64)
-        a = tl.load(ptr + group_a * n_out + out0 + row, mask=out0 + row < n_out, other=0)
-        b = tl.load(ptr + group_b * n_out + out0 + row, mask=out0 + row < n_out, other=0)
-        return tl.where(place % 8 < 4, a, b)
     else:
         t, v = place // 8, place % 8
         column = first + v // 4 * 16 + v // 2 % 2 * 8 + 2 * t + v % 2
@@ -76,25 +70,62 @@ def load_part(ptr, unit, PART: tl.constexpr, out0, n_out, n_groups, M: tl.conste
         return tl.load(ptr + tl.cast(base, tl.int64) * n_out + out0 + (group * n_out + row), mask=out0 + row < n_out)
 
 
+@triton.constexpr_function
+def pieces(PARTS, GROUP):
+    """Columns that a tile of scales has a row for: 32, 16 of which a part has two, or 0: they do without a tile."""
+    if GROUP % (32 * PARTS) == 0 or GROUP % 16:
+        return 0
+    return 32 if GROUP % 32 == 0 else 16
+
+
 @triton.jit
 def load_parts(ptr, unit, out0, n_out, n_groups, M: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr):
-    """`load_part` of each part of a unit, or one for all where a unit lies in one group: a tuple.
+    """What a unit has a group, for `parts_of`: a tile (pieces, M), or where a unit lies in one group its `load_part`.
 
-    Nothing where a part may have several groups: as a value a column they are not worth the registers to wait in.
+    The tile is read as it lies in memory: by asynchronous copies, or a unit ahead in few registers. A warp then takes
+    what its lanes need from shared memory by a few wide loads, which is much less than a load a lane, row and group.
+    Nothing where a part may have many groups: as a value a column they are not worth the registers to wait in.
     """
-    if GROUP % 32 != 0:
-        return (0,)
+    COLUMNS: tl.constexpr = pieces(PARTS, GROUP)
+    if COLUMNS:
+        first = unit * (32 * PARTS // COLUMNS)
+        place = tl.arange(0, 32 * PARTS // COLUMNS)[:, None]
+        row = tl.arange(0, M)[None, :]
+        base = first // (GROUP // COLUMNS)
+        group = tl.minimum((first + place) // (GROUP // COLUMNS), n_groups - 1) - base
+        tile_ptr = ptr + tl.cast(base, tl.int64) * n_out + out0
+        return tl.load(tile_ptr + (group * n_out + row), mask=out0 + row < n_out, other=0)
+    elif GROUP % 16 == 0:
+        return load_part(ptr, unit, 0, out0, n_out, n_groups, M, PARTS, GROUP)
     else:
-        a = load_part(ptr, unit, 0, out0, n_out, n_groups, M, PARTS, GROUP)
-        if GROUP % (32 * PARTS) == 0:
-            return (a,)
+        return 0
+
+
+@triton.jit
+def parts_of(a, M: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr):
+    """What `load_parts` loaded, for each part (2, M / 16, 8, 1, 1 or 8), or one for all: a tuple."""
+    COLUMNS: tl.constexpr = pieces(PARTS, GROUP)
+    if COLUMNS:
+        a = a.reshape(PARTS // 2, 2, 32 // COLUMNS, M // 16, 2, 8).permute(4, 3, 5, 2, 0, 1)
+        even, odd = tl.split(a)
+        if PARTS == 2:
+            return a_word(even, M), a_word(odd, M)
         else:
-            b = load_part(ptr, unit, 1, out0, n_out, n_groups, M, PARTS, GROUP)
-            if PARTS == 2:
-                return a, b
-            else:
-                c = load_part(ptr, unit, 2, out0, n_out, n_groups, M, PARTS, GROUP)
-                return a, b, c, load_part(ptr, unit, 3, out0, n_out, n_groups, M, PARTS, GROUP)
+            p0, p2 = tl.split(even)
+            p1, p3 = tl.split(odd)
+            return a_word(p0, M), a_word(p1, M), a_word(p2, M), a_word(p3, M)
+    else:
+        return (a,)
+
+
+@triton.jit
+def a_word(a, M: tl.constexpr):
+    """A part's scales (2, M / 16, 8, 1 or 2, ...) beside its words; the first four of a lane are of 16 columns."""
+    if a.numel == M:
+        return a.reshape(2, M // 16, 8, 1, 1)
+    else:
+        a = a.reshape(2, M // 16, 8, 1, 2, 1).broadcast_to(2, M // 16, 8, 1, 2, 4)
+        return a.reshape(2, M // 16, 8, 1, 8)
 
 
 @triton.constexpr_function
@@ -171,10 +202,19 @@ def weights(w, s, z, PART: tl.constexpr, M: tl.constexpr, FORMAT: tl.constexpr, 
     MAGIC: tl.constexpr = magic(FORMAT, COMPUTE, PTX)
     q = codes(w, PART, FORMAT, COMPUTE, PTX)
     if SHIFT == "offsets":
-        q = (q - MAGIC) * s.to(COMPUTE) + z.to(COMPUTE)
+        # s q + z = s (q - 8) + (z + 8 s): the second is about the middle of a group, so that bfloat16 may hold it
+        MIDDLE: tl.constexpr = 8.0 if FORMAT == "int4" and tl.bfloat16 == COMPUTE else 0.0
+        if MIDDLE != 0.0:
+            z = z.to(tl.float32) + s.to(tl.float32) * MIDDLE
+        q = (q - (MAGIC + MIDDLE)) * s.to(COMPUTE) + z.to(COMPUTE)
     elif SHIFT == "zeros":
         if FORMAT == "int4":
-            zero = whole(z.to(tl.int32), MAGIC)
+            if PTX and tl.bfloat16 == COMPUTE:
+                zero = (z.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+            elif PTX and tl.float16 == COMPUTE:
+                zero = (z.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+            else:
+                zero = whole(z.to(tl.int32), MAGIC)
         else:
             zero = whole((z.to(tl.int32) & 255) ^ 128, MAGIC - 128.0)
         q = q - zero.to(COMPUTE)
@@ -207,6 +247,7 @@ def add_unit(acc, w, s, z, x_ptr, scales_ptr, shift_ptr, unit, out0, n_out, n_gr
              SHIFT: tl.constexpr, SCALED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
              PTX: tl.constexpr):  # fmt: skip
     """acc (M, N) plus one unit's product, part by part. EDGE: the unit reaches behind column n_in, x does not."""
+    s, z = parts_of(s, M, PARTS, GROUP), parts_of(z, M, PARTS, GROUP)
     for PART in tl.static_range(PARTS):
         first = unit * (32 * PARTS) + 32 * PART
         mask = in_rows
@@ -214,7 +255,7 @@ def add_unit(acc, w, s, z, x_ptr, scales_ptr, shift_ptr, unit, out0, n_out, n_gr
             mask = in_rows & (first + tl.arange(0, 32) < n_in)[:, None]
         x = tl.load(x_ptr + first + x_offset, mask=mask, other=0.0)
         scale, shift = s[PART % len(s)], z[PART % len(z)]
-        if GROUP % 32 != 0:
+        if GROUP % 16 != 0:
             scale = load_part(scales_ptr, unit, PART, out0, n_out, n_groups, M, PARTS, GROUP)
             shift = load_part(shift_ptr, unit, PART, out0, n_out, n_groups, M, PARTS, GROUP)
         q = weights(w, scale, shift, PART, M, FORMAT, SHIFT, SCALED, COMPUTE, x.dtype, PTX)
@@ -227,13 +268,15 @@ def quantized_matmul_kernel(
     x_ptr, packed_ptr, scales_ptr, shift_ptr, bias_ptr, y_ptr, n_rows, n_out, n_in, n_groups, units_a_split, x_stride,
     M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
     SHIFT: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, EDGE: tl.constexpr, COMPUTE: tl.constexpr,
-    OFFSET: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
+    OFFSET: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr, SCALES_AHEAD: tl.constexpr,
+    SHIFT_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + bias.
 
     x: (n_rows, n_in), rows x_stride elements apart; bias: (n_out,), with BIAS; y: (n_rows, n_out), contiguous.
     SPLIT: a program takes units_a_split units, and y is (splits, n_rows, n_out) in float32, without the bias, to be
     added up by `add_splits_kernel`. EDGE: the last unit reaches behind n_in. OFFSET: type of a tile's offsets.
+    SCALES_AHEAD, SHIFT_AHEAD: they are loaded a unit ahead, where the compiler makes no asynchronous copies of them.
     """
     out_tile, row_tile = tile_of(tl.program_id(0), tl.cdiv(n_out, M), tl.cdiv(n_rows, N), 8)
     out0, row0, split = out_tile * M, row_tile * N, tl.program_id(1)
@@ -249,19 +292,28 @@ def quantized_matmul_kernel(
     units = tl.cdiv(n_in, 32 * PARTS)
     begin, end = split * units_a_split, tl.minimum((split + 1) * units_a_split, units)
     full = tl.minimum(end, n_in // (32 * PARTS)) if EDGE else end
+    if not EDGE:  # else the branch around the loop sets acc while a product may be on its way, for all that ptxas
+        tl.assume(begin < full)  # knows, which then waits for each product in front of the next (sm_90)
     acc = tl.zeros((M, N), tl.float32)
     s = load_parts(scales_ptr, begin, out0, n_out, n_groups, M, PARTS, GROUP)
     z = load_parts(shift_ptr, begin, out0, n_out, n_groups, M, PARTS, GROUP)
     for unit in range(begin, full):
         w = load_words(packed_ptr, unit, out0, n_out, M)
+        if not SCALES_AHEAD:
+            s = load_parts(scales_ptr, unit, out0, n_out, n_groups, M, PARTS, GROUP)
+        if not SHIFT_AHEAD:
+            z = load_parts(shift_ptr, unit, out0, n_out, n_groups, M, PARTS, GROUP)
         acc = add_unit(acc, w, s, z, x_ptr, scales_ptr, shift_ptr, unit, out0, n_out, n_groups, x_offset, in_rows,
                        n_in, M, PARTS, GROUP, False, FORMAT, SHIFT, SCALED, COMPUTE, PRECISION, PTX)  # fmt: skip
-        if GROUP != 0:  # of the next unit, which they reach while this one is multiplied
+        if SCALES_AHEAD and GROUP != 0:  # of the next unit, which they reach while this one is multiplied
             s = load_parts(scales_ptr, unit + 1, out0, n_out, n_groups, M, PARTS, GROUP)
+        if SHIFT_AHEAD and GROUP != 0:
             z = load_parts(shift_ptr, unit + 1, out0, n_out, n_groups, M, PARTS, GROUP)
     if EDGE:
         if full < end:
             w = load_words(packed_ptr, full, out0, n_out, M)
+            s = load_parts(scales_ptr, full, out0, n_out, n_groups, M, PARTS, GROUP)
+            z = load_parts(shift_ptr, full, out0, n_out, n_groups, M, PARTS, GROUP)
             acc = add_unit(acc, w, s, z, x_ptr, scales_ptr, shift_ptr, full, out0, n_out, n_groups, x_offset, in_rows,
                            n_in, M, PARTS, GROUP, True, FORMAT, SHIFT, SCALED, COMPUTE, PRECISION, PTX)  # fmt: skip
 
@@ -299,7 +351,7 @@ def add_rows(acc, dy, w, scale, shift, scales_ptr, shift_ptr, unit, out0, n_out,
              M: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, SHIFT: tl.constexpr,
              COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """acc (N, 32) plus dy (N, M) times M rows of one part of a unit."""
-    if GROUP % 32 != 0:
+    if GROUP % 16 != 0:
         scale = load_part(scales_ptr, unit, PART, out0, n_out, n_groups, M, PARTS, GROUP)
         shift = load_part(shift_ptr, unit, PART, out0, n_out, n_groups, M, PARTS, GROUP)
     q = weights(w, scale, shift, PART, M, FORMAT, SHIFT, True, COMPUTE, dy.dtype, PTX)
@@ -334,8 +386,8 @@ def quantized_matmul_dx_kernel(
             other=0.0,
         )
         w = load_words(packed_ptr, unit, out0, n_out, M)
-        s = load_parts(scales_ptr, unit, out0, n_out, n_groups, M, PARTS, GROUP)
-        z = load_parts(shift_ptr, unit, out0, n_out, n_groups, M, PARTS, GROUP)
+        s = parts_of(load_parts(scales_ptr, unit, out0, n_out, n_groups, M, PARTS, GROUP), M, PARTS, GROUP)
+        z = parts_of(load_parts(shift_ptr, unit, out0, n_out, n_groups, M, PARTS, GROUP), M, PARTS, GROUP)
         n: tl.constexpr = len(s)
         a = add_rows(a, dy, w, s[0], z[0], scales_ptr, shift_ptr, unit, out0, n_out, n_groups, 0, M, PARTS, GROUP,
                      FORMAT, SHIFT, COMPUTE, PRECISION, PTX)  # fmt: skip

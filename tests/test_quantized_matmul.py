@@ -24,7 +24,9 @@ def make(n_out, n_in, format="int4", group_size=-1, shift="", scales=BF16, permu
     bits = int(format[3:])
     q = QuantizedTensor.quantize(w, bits, group_size, symmetric=shift != "zeros")
     zeros = None if q.zeros is None else q.zeros.T
-    offsets = -8 * q.scales.T + torch.randn(q.scales.T.shape).to(scales) / 8 if shift == "offsets" else None
+    offsets = None
+    if shift in ("offsets", "positive"):  # about 0, or all weights on one side of it
+        offsets = (0.5 if shift == "positive" else -8) * q.scales.T + torch.randn(q.scales.T.shape).to(scales) / 8
     index = None
     if permuted:
         index = (torch.arange(n_in) // (n_in if group_size == -1 else group_size))[torch.randperm(n_in)]
@@ -64,7 +66,11 @@ CASES = [
     ("int4", 32, "zeros", BF16, BF16, (70, 304), 17),
     ("int4", 32, "offsets", HALF, BF16, (70, 304), 33),
     ("int4", 64, "offsets", HALF, HALF, (16, 130), 5),
+    ("int4", 32, "offsets", HALF, BF16, (80, 640), 5),
+    ("int4", 32, "positive", HALF, BF16, (48, 384), 65),
     ("int4", 48, "zeros", BF16, BF16, (33, 200), 5),
+    ("int4", 48, "offsets", FP32, BF16, (48, 416), 40),
+    ("int4", 16, "zeros", HALF, HALF, (144, 520), 17),
     ("int4", 50, "offsets", FP32, BF16, (33, 200), 5),
     ("int4", -1, "", BF16, BF16, (7, 33), 3),
     ("int4", 1000, "", FP32, HALF, (9, 1003), 2),
@@ -73,6 +79,7 @@ CASES = [
     ("int8", -1, "zeros", BF16, BF16, (70, 80), 2),
     ("int8", 64, "zeros", BF16, BF16, (70, 300), 17),
     ("int8", 32, "zeros", HALF, HALF, (1, 96), 2),
+    ("int8", 32, "", HALF, BF16, (144, 320), 3),
     ("int8", 16, "offsets", BF16, HALF, (40, 70), 2),
     ("fp8", -1, "", HALF, HALF, (40, 70), 2),
     ("fp8", -1, "", FP32, BF16, (40, 70), 20),
@@ -150,7 +157,7 @@ def test_bytes_moved(launches, case):
     x = torch.randn(min(rows, 16), 1024).to(dtype)
     quantized_matmul(x, q)
     product = launches[0]
-    tile = quantized_matmul_tile(len(x), 256, len(q.packed), group_size, dtype, False, "sm_90")
+    tile = quantized_matmul_tile(len(x), 256, len(q.packed), group_size, False, dtype, False, "sm_90")
     tiles = 256 // tile.block_m
     loaded = product.c["global_ld_bytes"] + product.c["global_cp_bytes"]
     assert product.c["unique_bytes_read"] >= q.packed.nbytes

@@ -49,27 +49,29 @@ class Tile:
 
 
 def quantized_matmul_tile(
-    n_rows: int, n_out: int, units: int, group_size: int, compute: torch.dtype, converted: bool, target: str
-) -> Tile:
+    n_rows: int, n_out: int, units: int, group_size: int, shifted: bool, compute: torch.dtype, converted: bool,
+    target: str,
+) -> Tile:  # fmt: skip
     """The tile for n_rows rows of x times a weight (n_out, units of columns).
 
-    compute: what a weight is formed in; converted: that takes conversions or offsets. Chosen from what the compiler
-    makes of them (docs/results/quantized_matmul.md). Columns are split where there are too few tiles to fill a GPU:
-    with few rows, what counts is that much of the weight is on its way at any time.
+    shifted: there are zeros or offsets; compute: what a weight is formed in; converted: that is not x's type. Chosen
+    from what the compiler makes of them (docs/results/quantized_matmul.md). Columns are split where there are too few
+    tiles to fill a GPU: with few rows, what counts is that much of the weight is on its way at any time.
     """
     block_m, block_n = 128, min(max(16, 1 << (n_rows - 1).bit_length()), 256)
+    grouped, gfx = group_size != -1, target.startswith("gfx")
     if compute == torch.float32 and not converted:
         block_m, block_n, num_warps, num_stages = 64, min(block_n, 32), 4, 2
-    elif group_size % 32 and group_size != -1:
+    elif grouped and group_size % (32 if gfx else 16):
         block_m, block_n, num_warps, num_stages = 64, min(block_n, 64), 4, 3
     elif block_n <= 32:
         num_warps, num_stages = 4, 4
     elif converted and not target.startswith(("sm_10", "gfx")):
         block_n, num_warps, num_stages = min(block_n, 128), 8, 3
     elif block_n == 64 or target != "sm_90":
-        # for sm_100 Triton 3.7.1 makes an empty kernel of 8 warps and offsets; gfx942 has 64 KB of shared memory,
-        # and with two stages instead of three twice the programs at a time and no spills
-        block_n, num_warps, num_stages = 64, 4, 2 if target.startswith("gfx") else 3
+        # for sm_100 Triton 3.7.1 makes an empty kernel of 8 warps and offsets. Two stages: gfx942 has 64 KB of shared
+        # memory, and takes twice the programs at a time; smaller groups spill on sm_80, shifted ones with two
+        block_n, num_warps, num_stages = 64, 4, 2 if gfx or (grouped and group_size % 128 and not shifted) else 3
     else:  # results that are not aligned take more registers to store
         block_n, num_warps, num_stages = block_n if n_out % 8 == 0 else 128, 8, 3
     tiles = -(-n_out // block_m) * -(-n_rows // block_n)
@@ -82,12 +84,12 @@ def _compute_type(x: torch.dtype, scales: torch.dtype, offsets: bool, scaled: bo
     """What a weight is formed in. scaled: it is multiplied by its scale, rather than the sum at the end.
 
     In x's type it comes out as `dequantize` rounds it, if the scales are of that type. bfloat16 holds other scales with
-    a relative error of 2^-9; float16 might not hold them at all. Offsets take part in differences of larger numbers:
-    rounded to bfloat16 before, they would leave too little. Other targets than NVIDIA's do not compute in bfloat16.
+    a relative error of 2^-9; float16 might not hold them at all. Offsets are rounded to bfloat16 as the middle of their
+    group, which is no larger than its largest weight. Other targets than NVIDIA's do not compute in bfloat16.
     """
     if x == torch.float32 or (x == torch.bfloat16 and not target.startswith("sm_")):
         return torch.float32
-    if offsets:
+    if offsets and x == torch.float16:
         return torch.float16 if scales == torch.float16 else torch.float32
     return x if x in (torch.bfloat16, scales) or not scaled else torch.float32
 
@@ -158,6 +160,18 @@ def run_product(product: Product, n_rows: int, bias: Tensor | None, y: Tensor, *
         product.add(parts, bias, y)
 
 
+def _ahead(t: Tensor, tile: Tile, group_size: int, columns: int) -> bool:
+    """Whether scales or shifts t of a tile and a unit of so many columns are loaded a unit ahead.
+
+    Otherwise they are copied like the weight: that takes rows that are aligned and a tile of 4 bytes a lane. For single
+    bytes it would make Triton choose lanes for x that suit bytes, on sm_80.
+    """
+    if group_size % 16 or group_size % columns == 0 or t.shape[1] % 16 or t.itemsize == 1:
+        return True
+    values = tile.block_m * columns // (32 if group_size % 32 == 0 else 16)
+    return values * t.itemsize < 4 * 32 * tile.num_warps
+
+
 @prepared
 def _prepare_forward(
     rows: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, offsets: Tensor | None, bias: Tensor | None,
@@ -169,11 +183,14 @@ def _prepare_forward(
     target = target_name()
     scaled = group_size != -1 or offsets is not None
     compute = _compute_type(dtype, scales.dtype, offsets is not None, scaled, target)
-    converted = dtype != torch.float32 and (offsets is not None or compute != dtype)
-    tile = quantized_matmul_tile(n_rows, n_out, units, group_size, compute, converted, target)
+    converted = dtype != torch.float32 and compute != dtype
+    shift = next(t for t in (zeros, offsets, scales) if t is not None)
+    tile = quantized_matmul_tile(n_rows, n_out, units, group_size, shift is not scales, compute, converted, target)
     return product(
         quantized_matmul_kernel, tile, n_rows, n_out, bias is not None, n_in, len(scales), -(-units // tile.splits),
         rows.stride(0), EDGE=n_in % unit_columns(format) != 0,
+        SCALES_AHEAD=_ahead(scales, tile, group_size, unit_columns(format)),
+        SHIFT_AHEAD=_ahead(shift, tile, group_size, unit_columns(format)),
         **_arguments(rows, zeros, offsets, format, group_size, compute, precision, target),
     )  # fmt: skip
 
