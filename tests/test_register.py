@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import lmops
 from lmops.ops import _register
@@ -54,3 +55,28 @@ def test_the_schema_never_promises_aliases():
     losses = ("cross_entropy_forward", "cross_entropy_backward", "kl_div_forward", "kl_div_backward")
     # a gradient may take the place of the logits; pages and what is rotated in place are written to by intention
     assert writing == {*losses, "scale_unless_one", "rope_", "store_kv", "copy_blocks"}
+
+
+X, TARGETS_OF_X = torch.randn(4, 16), torch.arange(4)
+INT8 = lmops.quantization.round_to_nearest(torch.ones(8, 16), bits=8, group_size=-1)
+FORWARD_MODE = {
+    "softmax": lmops.softmax,
+    "scaled_dot_product_attention": lambda x: lmops.scaled_dot_product_attention(*[x[None, None]] * 3),
+    "cross_entropy": lambda x: lmops.cross_entropy(x, TARGETS_OF_X),
+    "kl_div": lambda x: lmops.kl_div(x, X),
+    "linear_cross_entropy": lambda x: lmops.linear_cross_entropy(x, torch.ones(20, 16), TARGETS_OF_X),
+    "rms_norm": lambda x: lmops.rms_norm(x, torch.ones(16)),
+    "layer_norm": lambda x: lmops.layer_norm(x, torch.ones(16)),
+    "swiglu": lmops.swiglu,
+    "rope": lambda x: lmops.rope(x[None, None], None, torch.ones(8), torch.ones(8)),
+    "quantized_matmul": lambda x: lmops.quantized_matmul(x, INT8),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_forward_mode_is_refused(name):
+    """Tangents are not dropped without a word."""
+    with forward_ad.dual_level():
+        FORWARD_MODE[name](X)  # nothing is differentiated
+        with pytest.raises(NotImplementedError, match="jvp"):
+            FORWARD_MODE[name](forward_ad.make_dual(X, torch.randn_like(X)))

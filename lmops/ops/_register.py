@@ -12,6 +12,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.library import Library
 
 _library = Library("lmops", "DEF")
@@ -86,6 +87,19 @@ def distinct(*arguments: Any) -> Sequence[Any]:
         a.view_as(a) if isinstance(a, torch.Tensor) and any(a is b for b in arguments[:i]) else a
         for i, a in enumerate(arguments)
     ]
+
+
+def differentiated(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd must know of what is computed from the tensors.
+
+    In forward mode always: an operator would drop the tangents without a word, where an autograd function, none of
+    which has a jvp, refuses them.
+    """
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return forward_ad._current_level >= 0
 
 
 def warp_size() -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op, distinct
+from lmops.ops._register import define_op, differentiated, distinct
 from lmops.ops._rows import Tile, geometry
 from lmops.ops._strides import row_layout
 from lmops.ops.softmax import FLOATS
@@ -177,6 +177,6 @@ def _gated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
         )
     elif up.device != gate.device:
         raise ValueError(f"up must be on {gate.device} like gate, got {up.device}")
-    if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
+    if differentiated(gate, up):
         return _Gated.apply(*distinct(gate, up), activation)
     return gated_forward(gate, up, activation)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op, distinct, target_name
+from lmops.ops._register import define_op, differentiated, distinct, target_name
 from lmops.reference.attention import attention as reference
 from lmops.reference.attention import backward as backward_reference
 from lmops.reference.attention import dropout_keep
@@ -791,8 +791,7 @@ def attention(
         bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seed,
         max_q, max_k, scale, left, right, bottom_right, float(softcap or 0), float(dropout_p),
     )  # fmt: skip
-    inputs = (query, key, value, bias, sinks)
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
+    if not differentiated(query, key, value, bias, sinks):
         return attention_forward(query, key, value, False, *options)[:2]
     if max(query.shape[3], value.shape[3]) > 256 and kind != "cpu":
         raise NotImplementedError(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op, target_name
+from lmops.ops._register import define_op, differentiated, target_name
 from lmops.ops.quantized_matmul import FLOATS, Product, Quantized, Tile, product, quantized_matmul_backward, run_product
 from lmops.reference.quantization import int8_matmul as reference
 
@@ -129,6 +129,5 @@ def int8_matmul(x: Tensor, w: Quantized, bias: Tensor | None = None, *, smooth: 
     for what, t in (("w", w.packed), ("bias", bias), ("smooth", smooth)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{what} must be on {x.device} like x, got {t.device}")
-    needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-    run = _Int8Matmul.apply if needs_grad and torch.is_grad_enabled() else int8_matmul_forward
+    run = _Int8Matmul.apply if differentiated(x, bias) else int8_matmul_forward
     return run(x, w.packed, w.scales, smooth, bias, w.format)

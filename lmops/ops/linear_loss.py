@@ -21,7 +21,7 @@ from lmops.ops._loss_chunks import (
     kl_div_torch,
     statistics,
 )
-from lmops.ops._register import define_op, distinct
+from lmops.ops._register import define_op, differentiated, distinct
 from lmops.ops.loss import (
     OPTIONS,
     REDUCTIONS,
@@ -495,7 +495,7 @@ def linear_cross_entropy(
         total = sum_of_weights(target, class_weight, weight.shape[0], ignore_index, hidden.dtype)
     codes, quantized = _arguments(weight)
     inputs = rows, codes, bias, target if target.ndim == 1 else target.reshape(-1), class_weight
-    if _has_gradient(rows, codes, bias):
+    if differentiated(rows, codes, bias):
         loss = _LinearCrossEntropy.apply(total, reduction, options, *distinct(*inputs, *quantized))
     else:
         # what is a default is left out: each argument costs the host time
@@ -553,7 +553,7 @@ def linear_kl_div(
         rows, codes, student_bias, *map(constant, (teacher_rows, teacher_codes, teacher_bias)),
         mask if mask is None or mask.ndim == 1 else mask.reshape(-1),
     )  # fmt: skip
-    if _has_gradient(rows, codes, student_bias):
+    if differentiated(rows, codes, student_bias):
         arguments = distinct(*inputs, *student, *teacher)
         loss = _LinearKLDiv.apply(as_tensor(total, student_hidden), reduction, options, *arguments)
     else:
@@ -567,11 +567,6 @@ def linear_kl_div(
 def _of_layer(weight: Tensor | Quantized) -> Tensor | Quantized:
     """The weight, where it is that of a `QuantLinear` the quantized tensor which it stands for."""
     return getattr(weight, "quantized", weight)
-
-
-def _has_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    wanted = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    return wanted and torch.is_grad_enabled()
 
 
 def _check_head(

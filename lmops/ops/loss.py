@@ -23,7 +23,7 @@ from lmops.ops._loss_chunks import (
     kl_div_torch,
     statistics,
 )
-from lmops.ops._register import define_op, warp_size
+from lmops.ops._register import define_op, differentiated, warp_size
 from lmops.ops.softmax import FLOATS
 from lmops.reference.loss import cross_entropy as cross_entropy_with_probabilities
 
@@ -364,7 +364,7 @@ def cross_entropy(
         )  # fmt: skip
     check_target(target, x.shape[:-1], input)
     total = sum_of_weights(target, weight, x.shape[-1], ignore_index, x.dtype) if reduction == "mean" else None
-    if input.requires_grad and torch.is_grad_enabled():
+    if differentiated(input):
         inplace = inplace_backward and not torch.compiler.is_compiling()
         if inplace:
             _check_not_a_leaf("input", input)
@@ -416,7 +416,7 @@ def kl_div(
     x, y = student_logits, constant(teacher_logits)
     total = sum_of_rows(mask, reduction, x)
     reduction = "mean" if reduction == "batchmean" else reduction
-    if x.requires_grad and torch.is_grad_enabled():
+    if differentiated(x):
         inplace = inplace_backward and not torch.compiler.is_compiling()
         if inplace:
             _check_not_a_leaf("student_logits", x)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op, distinct, warp_size
+from lmops.ops._register import define_op, differentiated, distinct, warp_size
 from lmops.ops._rows import NO_FUSION, Geometry, Tile, geometry, softmax_tile
 from lmops.ops._strides import aligned_alike, row_layout
 from lmops.ops.softmax import FLOATS
@@ -415,12 +415,7 @@ def _norm(
         )
     if residual is not None and residual.device != x.device:
         raise ValueError(f"residual must be on {x.device} like x, got {residual.device}")
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
+    if differentiated(x, weight, bias, residual):
         return _Norm.apply(*distinct(x, residual, weight, bias), eps, weight_offset, centred)
     if residual is None:
         return norm(x, weight, bias, eps, weight_offset, centred)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op, target_name
+from lmops.ops._register import define_op, differentiated, target_name
 from lmops.ops.attention import (
     LOG2E,
     NEG_INF,
@@ -419,7 +419,7 @@ def paged_attention(
     cu_seqlens_q hold is checked on the CPU; on a GPU, where that would wait, nothing outside the pages is read.
     There is no gradient: NotImplementedError where one is asked for.
     """
-    if torch.is_grad_enabled() and query.requires_grad:
+    if differentiated(query):
         raise NotImplementedError("paged_attention has no gradient; call it under torch.no_grad()")
     shape = query.shape
     if query.ndim not in (3, 4) or (query.ndim == 4 and cu_seqlens_q is not None):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op, target_name
+from lmops.ops._register import define_op, differentiated, target_name
 from lmops.reference.quantization import dequantize, row_chunks, unit_columns
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -340,6 +340,5 @@ def quantized_matmul(x: Tensor, w: Quantized, bias: Tensor | None = None) -> Ten
         if t is not None and t.device != x.device:
             raise ValueError(f"{what} must be on {x.device} like x, got {t.device}")
     arguments = (x, w.packed, w.scales, w.zeros, w.offsets, w.permutation, bias, w.format, w.group_size)
-    needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-    run = _QuantizedMatmul.apply if needs_grad and torch.is_grad_enabled() else quantized_matmul_forward
+    run = _QuantizedMatmul.apply if differentiated(x, bias) else quantized_matmul_forward
     return run(*arguments)

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from lmops.ops._register import OPERATORS
+from lmops.ops._register import OPERATORS, differentiated
 from lmops.ops.quantized_matmul import FLOATS, Quantized, _chunks
 from lmops.reference.quantization import unpack
 
@@ -41,9 +41,7 @@ def cpu_weight_helps(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
     """
     if not (_native and x.is_cpu and w.is_cpu) or torch.compiler.is_compiling() or x.numel() == 0:
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return False
-    return x.dtype in FLOATS
+    return x.dtype in FLOATS and not differentiated(x, bias)
 
 
 class CPUWeight:

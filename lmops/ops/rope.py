@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op, distinct, warp_size
+from lmops.ops._register import define_op, differentiated, distinct, warp_size
 from lmops.ops.softmax import FLOATS
 
 
@@ -263,7 +263,7 @@ def rope(
         for name, x in (("q", q), ("k", k)):
             if x is not None and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True)):
                 raise ValueError(f"{name} shares memory between its elements (strides {x.stride()}): not inplace")
-    if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
+    if differentiated(q, k):
         if not inplace:
             return _Rope.apply(*distinct(q, k, cos, sin), positions, interleaved)
         q = _RopeInplace.apply(q, cos, sin, positions, interleaved)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmops.ops._launch import Launch, prepared
-from lmops.ops._register import define_op
+from lmops.ops._register import define_op, differentiated
 from lmops.ops._rows import NO_FUSION, geometry, softmax_tile
 from lmops.ops._strides import row_layout
 
@@ -252,8 +252,7 @@ def _softmax(
         temperatures, number = None, float(temperature)
         if not (0 <= number < math.inf):
             raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
-    needs_grad = x.requires_grad or (temperatures is not None and temperatures.requires_grad)
-    run = _Softmax.apply if needs_grad and torch.is_grad_enabled() else softmax_forward
+    run = _Softmax.apply if differentiated(x, temperatures) else softmax_forward
     y = run(rows_last, temperatures, number, log, causal, dtype or x.dtype)
     return y.squeeze(0) if scalar else y if last else y.movedim(-1, dim)
 
