@@ -60,13 +60,15 @@ def quantized_matmul_tile(
     """
     block_m, block_n = 128, min(max(16, 1 << (n_rows - 1).bit_length()), 256)
     grouped, gfx = group_size != -1, target.startswith("gfx")
+    # with 4 warps unpacked words would go through shared memory
+    unaligned = grouped and group_size % 128 and n_out % 16 and not target.startswith(("sm_10", "gfx"))
     if compute == torch.float32 and not converted:
         block_m, block_n, num_warps, num_stages = 64, min(block_n, 32), 4, 2
     elif grouped and group_size % (32 if gfx else 16):
         block_m, block_n, num_warps, num_stages = 64, min(block_n, 64), 4, 3
     elif block_n <= 32:
-        num_warps, num_stages = 4, 4
-    elif converted and not target.startswith(("sm_10", "gfx")):
+        num_warps, num_stages = 8 if unaligned else 4, 4
+    elif unaligned or (converted and not target.startswith(("sm_10", "gfx"))):
         block_n, num_warps, num_stages = min(block_n, 128), 8, 3
     elif block_n == 64 or target != "sm_90":
         # for sm_100 Triton 3.7.1 makes an empty kernel of 8 warps and offsets. Two stages: gfx942 has 64 KB of shared
