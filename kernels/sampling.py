@@ -248,7 +248,7 @@ def draw_unfiltered(
         raw, x = load_tile(row_ptrs, col_strides, penalties, 0, start, lanes, n_cols, BIAS, ALLOWED, COUNTS, VEC)
         key = x
         if greedy == 0:
-            # beside the code of filters, see `choose` for the 0
+            # beside the code of filters, see `choose_by_bisection` for the 0
             seed_here = seed ^ (start >> 31) if FILTERS else seed
             key = noisy(x, noise_of_tile(start, seed_here, offset, 0, BLOCK), inverse)
         best, at = take_best(tl.where(x != x, float("inf"), key), start, best, at)
@@ -505,7 +505,7 @@ def draw_filtered(
     if use_p & (use_k == 0):
         # tokens lighter than this together weigh less than the 1 - top_p that may be left out
         bound = tl.maximum(bound, tl.log2((1 - top_p) * z / n_cols * 0.9999))
-    # the same for x: a little less, since what is right at a bound is decided by `choose`
+    # the same for x: a little less, since what is right at a bound is decided by `keeps`
     below = tl.where(bound == 0, 0.0, bound / scale)
     floor = peak + below - (tl.abs(peak) - below) * 1e-6
     floor = tl.where(cut > LOWEST_KEY, tl.maximum(floor, from_key(cut)), floor)
