@@ -257,17 +257,22 @@ def attention_forward_kernel(
         # the edges are one loop: the tiles before the full ones, then those after them
         skip = full_end - full_begin
         for start in tl.range(
-            begin + skip if EDGE else full_begin, end if EDGE else full_end, BLOCK_N, num_stages=1 if EDGE else None
+            begin + skip if EDGE else full_begin,
+            end if EDGE else full_end,
+            BLOCK_N,
+            num_stages=1 if EDGE else None,
+            disable_licm=EDGE,  # what only the edges need takes no registers in the loop over full tiles
         ):
             if EDGE and LEFT:  # without, there are none before
                 start -= tl.where(start < full_end, skip, 0)
             at = start + cols
             in_cols = at < k_len
+            # not by descriptors at the edges: what these need there takes scalar registers in the loop over full tiles
             k = load_tile(k_ptr, start, k_offsets, k_strides[2], in_cols, HEAD_DIM, EDGE,
-                          k_desc, k_batch, kv_head, k_first, DESCRIPTOR)  # fmt: skip
+                          k_desc, k_batch, kv_head, k_first, DESCRIPTOR and not EDGE)  # fmt: skip
             # beside k: two descriptors' loads one after the other wait at one barrier
             v = load_tile(v_ptr, start, v_offsets, v_strides[2], in_cols, VALUE_DIM, EDGE,
-                          v_desc, k_batch, kv_head, k_first, DESCRIPTOR)  # fmt: skip
+                          v_desc, k_batch, kv_head, k_first, DESCRIPTOR and not EDGE)  # fmt: skip
             x = tl.dot(q, k.T, input_precision=PRECISION)  # (M, N)
             if EDGE or (BIAS != ""):
                 v, spoiled = without_nonfinite(v)
