@@ -168,6 +168,16 @@ def test_bytes_moved(launches, case):
     assert product.spills == 0
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("n_rows", [1, 33, 200, 5000])
+def test_no_split_is_empty(n_rows, target):
+    """The kernel tells the compiler so, which then leaves out the test in front of its loop."""
+    for n_out in (8, 512, 4096):
+        for units in range(1, 300):
+            tile = quantized_matmul_tile(n_rows, n_out, units, 32, True, torch.bfloat16, False, target)
+            assert (tile.splits - 1) * -(-units // tile.splits) < units
+
+
 def test_gradcheck_of_the_cpu_implementation():
     q = make(6, 40, group_size=16, shift="zeros", permuted=True)
     x = torch.randn(3, 40, dtype=torch.float64, requires_grad=True)
