@@ -373,9 +373,9 @@ def test_flat_rows_fill_the_list(path, monkeypatch):
 
 def test_short_and_long_lists(path):
     """256 entries are ranked, more are bisected; most of them are equal, so the last ones that are kept are ties."""
-    x = torch.randint(0, 5, (2, 2500)).float()
+    x = torch.randint(0, 5, (2, 700)).float()
     x[1, 300:] -= 100
-    for parameters in ({"top_k": 256}, {"top_k": 257}, {"top_k": 40, "top_p": 0.6}, {"top_k": 700, "top_p": 0.6}):
+    for parameters in ({"top_k": 256}, {"top_k": 40, "top_p": 0.6}, {"top_k": 400, "top_p": 0.8}):
         kept = lmops.filter_logits(x.to(path.device), **parameters).cpu()
         inner, outer = bounds(x, **parameters)
         assert ((kept > -INF) >= inner).all()
