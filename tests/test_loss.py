@@ -723,7 +723,7 @@ def test_memory_of_the_linear_form(path, dtype, factor):
 @pytest.mark.parametrize("head", HEADS)
 def test_memory_with_a_quantized_head(path, head, monkeypatch):
     """The largest allocation is a chunk of the weight, of 16 classes."""
-    n, d, classes, options = 8, 64, 160, (-100, 0.0, 0.0, 0.0, 1.0)
+    n, d, classes, options = 8, 64, 240, (-100, 0.0, 0.0, 0.0, 1.0)
     hidden, weight, bias, target = (t.to(path.device) for t in linear(n, d, classes))
     codes, quantized = linear_loss._arguments(QuantizedTensor.quantize(weight, **HEADS[head]))
     dequantize = implementation_of("quantized_embedding_forward", path)
@@ -735,9 +735,8 @@ def test_memory_with_a_quantized_head(path, head, monkeypatch):
         ones, wanted = torch.ones_like(state[0]), [True, False, True]
         backward(hidden, codes, bias, target, None, ones, state, wanted, *options, *quantized)
     assert allocations.largest == 16 * d * 4
-    # all that lives at once: the chunk, its logits, a piece of it, the gradients, and statistics of the tokens; a
-    # simulator holds tensors of its own
-    assert allocations.most < 0.75 * weight.nbytes
+    # all that lives at once: the chunk, its logits, a piece of it, the gradients, and statistics of the tokens
+    assert allocations.most < weight.nbytes / 2
     linear_loss.linear_cross_entropy_forward(hidden, codes, bias, target, None, *options, *quantized)
 
 
