@@ -830,7 +830,6 @@ def test_second_derivative_is_refused(path):
             dx.sum().backward()
 
 
-@pytest.mark.not_simulated  # what torch makes of the operators, not what the kernels do
 @pytest.mark.fake_tensors
 def test_opcheck(path):
     x, y = torch.randn(3, 5, device=path.device), torch.tensor([1, 2, -100], device=path.device)
@@ -860,7 +859,6 @@ def test_opcheck(path):
     check(linear_loss.linear_kl_div_backward, (*heads, g, state, [True, False, True], 0.7, False))
 
 
-@pytest.mark.not_simulated  # what torch makes of the operators, not what the kernels do
 @pytest.mark.fake_tensors
 def test_compile_fullgraph(path):
     def loss(x, hidden, weight, y):
@@ -884,7 +882,6 @@ def test_compile_fullgraph(path):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.not_simulated  # what torch makes of the operators, not what the kernels do
 @pytest.mark.fake_tensors
 @pytest.mark.parametrize("head", ["int4", "int8"])  # with zero points and without; fp8 differs by a name
 def test_opcheck_with_a_quantized_head(path, head):
@@ -912,7 +909,6 @@ def test_compile_with_options_that_vary(path):
         torch.testing.assert_close(actual, lmops.cross_entropy(x, y, z_loss=z_loss, label_smoothing=10 * z_loss))
 
 
-@pytest.mark.not_simulated  # what torch makes of the operators, not what the kernels do
 @pytest.mark.fake_tensors
 def test_compile_fullgraph_with_a_quantized_head(path):
     hidden, weight, bias, y = (t.to(path.device) for t in linear(4, 32, 48))

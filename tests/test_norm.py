@@ -240,7 +240,6 @@ def test_opcheck(path):
     torch.library.opcheck(norm_backward, (dy, None, x, stats, None, 0.0, True, False, False))
 
 
-@pytest.mark.not_simulated  # what torch makes of the operators, not what the kernels do
 @pytest.mark.fake_tensors
 def test_compile_fullgraph(path):
     def loss(x, r, w, b):

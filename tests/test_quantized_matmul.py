@@ -195,7 +195,6 @@ def test_opcheck(path):
     torch.library.opcheck(quantized_matmul_backward, (dy, *weight, q.format, q.group_size, 136))
 
 
-@pytest.mark.not_simulated  # what torch makes of the operators, not what the kernels do
 @pytest.mark.fake_tensors
 def test_compile_fullgraph(path):
     q = make(24, 136, group_size=32, shift="zeros", scales=FP32).to(path.device)

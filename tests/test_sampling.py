@@ -485,7 +485,6 @@ def test_no_drafts_is_a_draw(path):
 # ------------------------------------------------------------------------------------------------ torch, and errors
 
 
-@pytest.mark.not_simulated  # what torch makes of the operators, not what the kernels do
 @pytest.mark.fake_tensors
 def test_opcheck(path):
     x = torch.randn(3, 20, device=path.device)
@@ -499,7 +498,6 @@ def test_opcheck(path):
         torch.library.opcheck(verify_op, (x[None], tokens, draft, [None] * 4, 1.0, 1, 2))
 
 
-@pytest.mark.not_simulated  # what torch makes of the operators, not what the kernels do
 @pytest.mark.fake_tensors
 def test_compile_fullgraph(path):
     def draw(x, t, offset):
